@@ -1,0 +1,69 @@
+"""The one family of errors. Each carries a code, and says what, where, the allowed range and the remedy."""
+
+from __future__ import annotations
+
+
+class LaminaError(Exception):
+    """Base of every error lamina raises on purpose.
+
+    Args:
+        message: what is wrong, with the offending value and what was expected.
+        code: stable identifier, e.g. ``"E102"``; its first digit says the kind (and gives the exit code).
+        where: file:line, argument, key, layer or client it came from.
+        remedy: what to do about it.
+    """
+
+    default_code = "E300"
+
+    def __init__(self, message: str, *, code: str | None = None, where: str | None = None, remedy: str | None = None):
+        self.code = code or self.default_code
+        self.message = message
+        self.where = where
+        self.remedy = remedy
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        place = f"  [{self.where}]" if self.where else ""
+        remedy = f"\n      {self.remedy}" if self.remedy else ""
+        return f"{self.code}  {self.message}{place}{remedy}"
+
+    @property
+    def exit_code(self) -> int:
+        """Process exit status: E1xx -> 2, E2xx -> 3, E3xx -> 4, E4xx -> 5, E5xx -> 6."""
+        return int(self.code[1]) + 1
+
+
+class ConfigError(LaminaError, ValueError):
+    """E1xx: an impossible value, an unknown key, parts that do not fit together."""
+
+    default_code = "E101"
+
+
+class DataError(LaminaError):
+    """E2xx: a data set or a client's data cannot be had or used."""
+
+    default_code = "E201"
+
+
+class RunError(LaminaError):
+    """E3xx: a run cannot go on."""
+
+    default_code = "E301"
+
+
+class WireError(LaminaError):
+    """E34x: bytes that are not what the receiver's own schema implies."""
+
+    default_code = "E340"
+
+
+class StorageError(LaminaError):
+    """E4xx: the disk: no space, damaged or foreign files."""
+
+    default_code = "E401"
+
+
+def expect(condition: bool, message: str, *, code: str = "E101", where: str | None = None, remedy: str | None = None) -> None:
+    """Raise ConfigError unless `condition`. For user input at construction: never `assert`."""
+    if not condition:
+        raise ConfigError(message, code=code, where=where, remedy=remedy)
