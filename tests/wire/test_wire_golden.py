@@ -1,0 +1,174 @@
+"""Worked examples: blobs written out byte by byte."""
+
+import hashlib
+import struct
+
+import numpy as np
+import pytest
+import torch
+import xxhash
+import zstandard
+
+from lamina.random import address
+from lamina.wire import Context, Dense, RandomK, TopK, decode, encode, schema_of
+from lamina.wire.frame import Frame, pack, unpack
+from lamina.wire.index import draw, leb128, unleb128
+
+A = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+B = torch.tensor(3.0)
+TREE = {"a": A, "b": B}
+# name "a", rank 2, dims 2 2, float32; name "b", rank 0, float32
+SCHEMA = hashlib.blake2b(b"FLC1-schema" + bytes.fromhex("01 61 02 02 02 00  01 62 00 00"), digest_size=8).hexdigest()
+
+
+def header(blob: bytes) -> str:
+    return blob[:8].hex(" ")
+
+
+def test_dense_fp32_is_a_header_and_the_raw_values():
+    blob = encode(TREE, Dense("fp32"))
+    assert header(blob) == "46 4c 43 01 00 00 00 00"  # FLC, version 1, index 0 dense, values 0 fp32, no flags
+    assert blob[8:16].hex() == SCHEMA == "12312332a9a6ba01"
+    assert blob[24:].hex(" ") == "00 00 80 3f 00 00 00 c0 00 00 00 3f 00 00 00 00 00 00 40 40"
+    assert len(blob) == 24 + 4 * 5
+
+
+def test_checksum_is_xxh3_of_the_body_seeded_with_that_of_the_header():
+    blob = encode(TREE, Dense("fp32"))
+    seed = xxhash.xxh3_64_intdigest(blob[:16])
+    assert int.from_bytes(blob[16:24], "little") == xxhash.xxh3_64_intdigest(blob[24:], seed=seed)
+    assert blob[16:24].hex() == "d395e4b719f88166"
+
+
+def test_subset_is_one_bit_per_tensor_of_the_schema():
+    blob = encode({"b": B}, Dense("fp32"), context=Context(schema_of(TREE)))
+    assert header(blob) == "46 4c 43 01 00 00 02 00"
+    assert blob[24:].hex(" ") == "02 00 00 40 40"  # the second tensor; 3.0
+    assert decode(blob, TREE) == {"b": B}
+
+
+def test_dense_under_a_mask_is_the_mask_id_and_the_kept_values():
+    mask = {"a": torch.tensor([[True, False], [True, True]])}
+    blob = encode(TREE, Dense("fp32"), mask=mask)
+    identity = hashlib.blake2b(b"FLC1-mask" + bytes.fromhex("01 61 04 0d"), digest_size=8)  # bits 1011, lowest first
+    assert header(blob) == "46 4c 43 01 01 00 00 00"
+    assert blob[24:32] == identity.digest()
+    assert blob[32:].hex(" ") == "00 00 80 3f 00 00 00 3f 00 00 00 00 00 00 40 40"
+
+
+def test_top_k_of_a_tiny_tree_is_a_bitmap():
+    blob = encode(TREE, TopK(0.5))  # 2 of a's 4 entries: positions 0 1; max(1, round(0.5)) = 1 of b's: position 4
+    assert header(blob) == "46 4c 43 01 02 00 00 00"
+    assert blob[24:].hex(" ") == "03 13 00 00 80 3f 00 00 00 c0 00 00 40 40"  # k = 3; bits 0 1 4; values
+
+
+def test_top_k_under_a_mask_counts_kept_entries_and_names_the_mask():
+    mask = {"a": torch.tensor([[True, False], [True, True]])}
+    blob = encode({"a": A}, TopK(0.4), mask=mask)  # 1 of 3 kept entries
+    assert header(blob) == "46 4c 43 01 02 00 10 00"  # flag MASKED
+    assert blob[32:].hex(" ") == "01 01 00 00 80 3f"
+
+
+def test_sparse_entries_of_a_longer_vector_are_gaps():
+    x = torch.zeros(100_000)
+    x[[3, 200, 80_000]] = 1.0
+    blob = encode({"x": x}, TopK(3e-5))
+    frame = blob[26 : 26 + blob[25]]
+    assert header(blob) == "46 4c 43 01 05 00 00 00"
+    assert blob[24] == 3
+    assert zstandard.decompress(frame).hex(" ") == "03 c4 01 b7 ef 04"  # 3; 196 = 0x44 + 1<<7; 79799
+    assert blob[26 + len(frame) :] == struct.pack("<3f", 1, 1, 1)
+
+
+def test_random_k_sends_a_seed():
+    tree = {"x": torch.arange(10.0)}
+    blob = encode(tree, RandomK(0.2), context=Context(schema_of(tree), seed=7, purpose="up", round=3, client=5))
+    seed = address(7, "up", 3, 5)
+    assert header(blob) == "46 4c 43 01 08 00 00 00"
+    assert blob[24:33] == b"\x02" + seed.to_bytes(8, "little")
+    assert blob[33:] == draw(10, 2, seed).astype("<f4").tobytes()
+
+
+def test_positions_of_a_seed_do_not_change_between_versions():
+    twister = np.random.MT19937()
+    twister._legacy_seeding(42)  # 32-bit outputs, two to a word, the first one high
+    high, low = twister.random_raw(10).reshape(5, 2).T.tolist()
+    words = [(h << 32 | x) % (1 << 62) for h, x in zip(high, low, strict=True)]
+    assert draw(1000, 5, 42).tolist() == sorted(word % 1000 for word in words) == [223, 313, 595, 636, 998]
+    assert draw(1000, 5, (7 << 32) + 42).tolist() == [223, 313, 595, 636, 998]  # 32 bits of a seed count
+    assert draw(6, 4, 1).tolist() == [1, 2, 3, 4]  # the two left out are drawn: 0 and 5
+
+
+def test_values_in_two_bytes_are_planes_lowest_byte_first():
+    one_two = {"x": torch.tensor([1.0, -2.0])}
+    assert encode(one_two, Dense("fp16"))[24:].hex(" ") == "00 00 00 00 3c c0"  # 3c00 c000
+    assert encode(one_two, Dense("bf16"))[24:].hex(" ") == "00 00 01 00 7f 80"  # 3f80 c000, rotated: 7f00 8001
+    assert encode(one_two, Dense("fp16"))[5] == 3
+    assert encode(one_two, Dense("bf16"))[5] == 4
+
+
+def test_int8_is_scales_then_codes():
+    blob = encode({"x": torch.tensor([127.0, -1.0, 0.4]), "y": torch.tensor([0.0])}, Dense("int8"))
+    assert blob[5] == 5
+    assert blob[24:].hex(" ") == "00 00 80 3f 00 00 00 00 00 7f ff 00 00"  # 1.0, 0.0; raw plane: 127 -1 0, 0
+
+
+def test_sign_is_one_scale_per_tensor_then_bits():
+    blob = encode({"x": torch.tensor([3.0, -1.0, 2.0]), "y": torch.empty(0), "z": torch.tensor(-5.0)}, Dense("sign"))
+    assert blob[5] == 6
+    assert blob[24:].hex(" ") == "00 00 00 40 00 00 a0 40 05"  # 2.0, 5.0; + - + -
+
+
+def test_other_dtypes_travel_raw_in_their_own():
+    tree = {
+        "d": torch.tensor([1.0], dtype=torch.float64),
+        "i": torch.tensor(7),
+        "m": torch.tensor([True, False, True]),
+        "h": torch.tensor([1.0], dtype=torch.bfloat16),
+    }
+    blob = encode(tree, Dense("fp32"))
+    assert header(blob) == "46 4c 43 01 00 80 00 00"
+    assert blob[24:].hex(" ") == "00 00 00 00 00 00 f0 3f 07 00 00 00 00 00 00 00 05 80 3f"
+
+
+def test_lossless_is_four_planes_of_rotated_bits():
+    x = torch.ones(1000)  # 3f800000, rotated 7f000000
+    blob = encode({"x": x}, Dense("lossless"))
+    assert blob[5] == 1
+    at, planes = 24, []
+    for _ in range(4):
+        planes.append(zstandard.decompress(blob[at + 1 : at + 1 + blob[at]]))
+        at += 1 + blob[at]
+    assert planes == [bytes(1000)] * 3 + [b"\x7f" * 1000]
+    assert at == len(blob) < 200
+
+
+def test_lossless_that_does_not_pay_travels_raw():
+    tree = {"x": torch.tensor([1.0, 2.0])}
+    assert encode(tree, Dense("lossless")) == encode(tree, Dense("fp32"))
+
+
+def test_leb128_agrees_with_arithmetic():
+    numbers = np.array([0, 1, 127, 128, 16383, 16384, 2097151, 2097152, (1 << 31) - 1])
+    raw = leb128(numbers)
+    assert raw.tobytes().hex(" ") == "00 01 7f 80 01 ff 7f 80 80 01 ff ff 7f 80 80 80 01 ff ff ff ff 07"
+    assert unleb128(raw, len(numbers)).tolist() == numbers.tolist()
+
+
+def test_frame_is_a_head_and_sections():
+    frame = Frame("message", 3, 5, {"n": 1.0}, {"update": b"\x01\x02"})
+    blob = pack(frame)
+    assert blob[:8].hex(" ") == "4c 4d 46 01 1d 00 00 00"  # LMF, version 1, 29 bytes of head
+    assert blob[16:25].hex(" ") == "01 03 00 00 00 05 00 00 00"  # message, round 3, client 5
+    assert blob[25:36].hex(" ") == "01 01 6e 00 00 00 00 00 00 f0 3f"  # one scalar: "n" = 1.0
+    assert blob[36:45] == b"\x01\x06update\x02"  # one section of 2 bytes
+    assert blob[45:] == b"\x01\x02"
+    assert unpack(blob) == frame
+
+
+@pytest.mark.parametrize("codec", [Dense("fp32"), Dense("lossless"), TopK(0.5), TopK(1.0)])
+def test_encoding_is_a_function_of_the_logical_values(codec):
+    x = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    strided = {"x": x.to(memory_format=torch.channels_last)}
+    assert not strided["x"].is_contiguous()
+    assert encode(strided, codec) == encode({"x": x}, codec)
