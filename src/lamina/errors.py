@@ -63,7 +63,9 @@ class StorageError(LaminaError):
     default_code = "E401"
 
 
-def expect(condition: bool, message: str, *, code: str = "E101", where: str | None = None, remedy: str | None = None) -> None:
+def expect(
+    condition: bool, message: str, *, code: str = "E101", where: str | None = None, remedy: str | None = None
+) -> None:
     """Raise ConfigError unless `condition`. For user input at construction: never `assert`."""
     if not condition:
         raise ConfigError(message, code=code, where=where, remedy=remedy)

@@ -51,14 +51,17 @@ def omit(a: Mapping[str, Tensor], names: Iterable[str]) -> Params:
     return {name: x for name, x in a.items() if name not in unwanted}
 
 
+_PIECE = 1 << 18  # entries
+
+
 def squared_norm(x: Tensor) -> float:
     """Sum of squares in float64, in pieces, so that a large float32 tensor is never copied whole."""
     flat = x.detach().reshape(-1)
     if flat.dtype == torch.float64:
         return float(torch.dot(flat, flat))
     total = 0.0
-    for piece in flat.split(1 << 18):
-        exact = piece.double()
+    for start in range(0, flat.numel(), _PIECE):
+        exact = flat[start : start + _PIECE].double()
         total += float(torch.dot(exact, exact))
     return total
 
@@ -128,6 +131,6 @@ def unflatten(like: Any, shape: Any, leaves: Mapping[str, Any], path: str = "") 
         source = like if isinstance(like, dict) else {}
         return {k: unflatten(source.get(k), s, leaves, below(k)) for k, s in shape["dict"].items()}
     fields = shape.get("fields") or [str(i) for i in range(len(shape["tuple"]))]
-    source = tuple(like) if isinstance(like, tuple) else (None,) * len(fields)
-    parts = [unflatten(x, s, leaves, below(f)) for x, s, f in zip(source, shape["tuple"], fields, strict=True)]
+    classes = tuple(like) if isinstance(like, tuple) else (None,) * len(fields)
+    parts = [unflatten(x, s, leaves, below(f)) for x, s, f in zip(classes, shape["tuple"], fields, strict=True)]
     return type(like)(*parts) if hasattr(like, "_asdict") else tuple(parts)

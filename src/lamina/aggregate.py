@@ -1,0 +1,46 @@
+"""The weighted mean of the messages, taken one message at a time in the schedule's order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lamina.tree import Message, Params
+
+
+class Mean:
+    """Accumulates sum of p_i * x_i and divides by the p that arrived, tensor by tensor.
+
+    Args:
+        full: the sum of all p that are expected, added in the order in which they will come. When all have come
+            nothing is divided, so one client's mean is its message, bit for bit.
+
+    Integer tensors (counters in buffers) take the maximum. No stack of messages is kept: memory is one message.
+    """
+
+    def __init__(self, full: float):
+        self.full = full
+        self._sums: Message = {}
+        self._weights: dict[str, dict[str, float]] = {}
+
+    def add(self, tree: str, content: Params, p: float) -> None:
+        sums = self._sums.setdefault(tree, {})
+        weights = self._weights.setdefault(tree, {})
+        for name, x in content.items():
+            old = sums.get(name)
+            if not x.is_floating_point():
+                sums[name] = x.clone() if old is None else torch.maximum(old, x)
+            elif old is None:
+                sums[name] = x * p
+            else:
+                old.add_(x, alpha=p)
+            weights[name] = weights.get(name, 0.0) + p
+
+    def result(self) -> Message:
+        return {
+            tree: {name: self._normal(x, self._weights[tree][name]) for name, x in sums.items()}
+            for tree, sums in self._sums.items()
+        }
+
+    def _normal(self, total: Tensor, weight: float) -> Tensor:
+        return total if weight == self.full or not total.is_floating_point() else total / weight

@@ -1,0 +1,26 @@
+"""Who takes part in a round."""
+
+from __future__ import annotations
+
+import torch
+
+from lamina.random import generator
+
+
+def draw(seed: int, key: int, clients: int, m: int) -> tuple[int, ...]:
+    """m of the clients, uniformly without replacement, ascending.
+
+    Args:
+        key: the round that stands for the whole hold: ``round - round % hold``.
+
+    The cost follows m, not the population: positions are drawn until m different ones are there.
+    """
+    if m >= clients:
+        return tuple(range(clients))
+    source = generator(seed, "cohort", key)
+    if 2 * m > clients:
+        return tuple(sorted(torch.randperm(clients, generator=source)[:m].tolist()))
+    chosen: set[int] = set()
+    while len(chosen) < m:
+        chosen.add(int(torch.randint(clients, (1,), generator=source)))
+    return tuple(sorted(chosen))

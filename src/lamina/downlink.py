@@ -1,0 +1,106 @@
+"""What a plan costs each client: it is sent only the values it does not hold.
+
+Every value has a tag, a 64-bit hash of its bytes at the server, like the ETag of a web page. A client's row keeps the
+tags of what it was last sent; what differs is what it lacks. So a layer nobody touched costs nothing, a newcomer pays
+in full, and nothing has to be kept in step with a checkpoint: tags are recomputed from the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from lamina import wire
+from lamina.errors import RunError
+from lamina.method import Plan
+from lamina.store import Held
+from lamina.tree import Message
+from lamina.wire import frame
+
+_RAW = wire.Dense()
+
+
+class Broadcast:
+    """One round's plan on its way down.
+
+    Attributes:
+        plan: as clients decode it. The codec codes each value once per version, so all holders have the same bits.
+        tags: "tree/name" -> tag of the server's value.
+    """
+
+    def __init__(self, plan: Plan, codec: wire.Codec, schema: wire.Schema, through_bytes: bool):
+        self._codec = codec
+        self._schema = schema
+        self._through_bytes = through_bytes
+        self._server = plan
+        self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
+        self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
+        params, _ = codec.transmit(plan.params, self._context("params"))
+        self.plan = replace(plan, params=params)
+        self._known: dict[tuple[str, ...], dict[str, wire.Size]] = {}
+
+    def lacking(self, held: Held) -> tuple[str, ...]:
+        return tuple(key for key, tag in self.tags.items() if held.get(key) != tag)
+
+    def sizes(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
+        """Exact bytes, tree by tree, of the plan for a client that lacks these; "" is the frame."""
+        if lacking not in self._known:
+            self._known[lacking] = self._encode(lacking, accepted) if self._through_bytes else self._measure(lacking)
+        return self._known[lacking]
+
+    def _measure(self, lacking: tuple[str, ...]) -> dict[str, wire.Size]:
+        sizes = {
+            tree: self._coder(tree).transmit(content, self._context(tree))[1]
+            for tree, content in self._parts(lacking).items()
+        }
+        lengths = {t: s.total for t, s in sizes.items()} | {"upload": len(self._upload())}
+        return sizes | {"": wire.Size({}, frame.overhead("plan", self._scalars(0), lengths) + lengths["upload"])}
+
+    def _encode(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
+        """The same by really encoding it, decoding it and comparing with what every client is said to hold."""
+        parts = self._parts(lacking)
+        blobs = {t: self._coder(t).encode(content, self._context(t)) for t, content in parts.items()}
+        sections = blobs | {"upload": self._upload()}
+        blob = frame.pack(frame.Frame("plan", self._server.round, 0, self._scalars(accepted), sections))
+        arrived = frame.unpack(blob).sections
+        sizes = {}
+        for tree in parts:
+            decoded = self._coder(tree).decode(arrived[tree], self._context(tree))
+            truth = self.plan.params if tree == "params" else self._trees[tree]
+            if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
+                raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
+            sizes[tree] = wire.layout(arrived[tree], self._context(tree))
+        return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()))}
+
+    def _parts(self, lacking: tuple[str, ...]) -> Message:
+        wanted = set(lacking)
+        parts = {
+            tree: {name: x for name, x in content.items() if f"{tree}/{name}" in wanted}
+            for tree, content in self._trees.items()
+        }
+        return {tree: content for tree, content in parts.items() if content}
+
+    def _coder(self, tree: str) -> wire.Codec:
+        return self._codec if tree == "params" else _RAW
+
+    def _context(self, tree: str) -> wire.Context:
+        schema = self._schema if tree == "params" else wire.schema_of(self._trees[tree])
+        return wire.Context(schema, self._server.mask if tree == "params" else None)
+
+    def _scalars(self, accepted: int) -> dict[str, float]:
+        plan = self._server
+        return {"lr": plan.lr, "participation": plan.participation, "accepted": float(accepted), **plan.config}
+
+    def _upload(self) -> bytes:
+        """Bits over the schema: whose update is asked for."""
+        return np.packbits([name in self._server.upload for name in self._schema], bitorder="little").tobytes()
+
+
+def tag(x: Tensor) -> int:
+    """64-bit hash of a tensor's bytes in row-major order."""
+    flat = x.detach().contiguous().reshape(-1).view(torch.uint8) if x.numel() else torch.empty(0, dtype=torch.uint8)
+    return int(xxhash.xxh3_64_intdigest(flat.numpy().data))

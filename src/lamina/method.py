@@ -1,0 +1,287 @@
+"""What a federated method is: a difference from FedAvg, written for one client. Read this file first.
+
+          plan ───────────── Plan ──[ledger]──▶ begin → K × (gradient → correct → SGD) → report
+ State ──┤                                                                                 │
+          step ◀── mean ◀── Message ◀──[codec]── settle ◀──────────── sent, received ◀─────┘
+
+Every hook has an identity default, so the base class *is* FedAvg. Hooks are pure: they change nothing they were
+given. `Chain(a, b, c)` folds every hook over its methods from left to right, their states side by side.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+
+from torch import Tensor
+
+from lamina.errors import ConfigError, expect
+from lamina.layers import Layer
+from lamina.tree import Message, Params
+
+S = TypeVar("S")  # server state:  NamedTuple (or tuple, dict) of tensors, trees and numbers
+C = TypeVar("C")  # client state:  NamedTuple (or tuple, dict) of tensors and trees
+
+
+class Task(NamedTuple):
+    """What a method may know of where it runs."""
+
+    layers: Sequence[Layer]  # trainable parameters in model order
+    clients: int
+    cohort: int
+    weights: str  # "examples" | "uniform"
+    seed: int
+    hold: int  # of the whole chain
+    lr: float
+    momentum: float
+    weight_decay: float
+    clip: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Server -> cohort, one per round."""
+
+    round: int
+    seed: int  # of this round: server hooks draw from generator(plan.seed, purpose)
+    params: Params  # the global model, as clients decode it; in the plan handed to `step` the server's own
+    buffers: Params
+    upload: frozenset[str]  # parameters whose update is sent back
+    lr: float  # client learning rate of this round
+    participation: float = 1.0  # cohort / clients; in the plan handed to `step` accepted messages / clients
+    mask: Params | None = None  # common support (1 = kept), known to both ends: only kept values travel
+    in_sync: bool = True  # False when the round leaves layers waiting
+    shared: dict[str, Params] = field(default_factory=dict)  # further trees clients must hold; sent when changed
+    config: dict[str, float] = field(default_factory=dict)  # further numbers
+
+    def keep(self, names: Iterable[str]) -> Plan:
+        """Upload at most these: an intersection, so the order of methods does not matter."""
+        return replace(self, upload=self.upload & frozenset(names))
+
+    def share(self, **trees: Params) -> Plan:
+        """Further trees for the clients. Raises ConfigError when two methods use one name."""
+        return replace(self, shared=_disjoint(self.shared, trees, "shared tree"))
+
+    def set(self, **numbers: float) -> Plan:
+        """Further numbers for the clients. Raises ConfigError when two methods use one name."""
+        return replace(self, config=_disjoint(self.config, numbers, "plan number"))
+
+
+class Work(NamedTuple):
+    """What local training leaves behind."""
+
+    params: Params
+    buffers: Params
+    grads: Params  # loss gradient of the last minibatch at the weights before the last step, untouched by any hook
+    steps: Tensor  # 0-d, number of local steps
+
+
+class Method(Generic[S, C]):
+    """A two-sided transformation of FedAvg. As it stands, this is FedAvg.
+
+    The server learns from the weighted mean of the messages, tree by tree; `update` = local - global everywhere, and
+    the server adds ``step(...)["update"]`` to its own full-precision parameters.
+    """
+
+    hold: int = 1  # rounds for which a cohort stays together
+    sends: frozenset[str] = frozenset({"update"})  # trees of its message
+    uniform: frozenset[str] = frozenset()  # trees averaged uniformly whatever the federation's weights
+    needs_moments: bool = False
+    rounds: int | None = None  # horizon of its own schedule: a run of another length warns
+    withholds: str | None = None  # why it keeps layers from being uploaded: "waiting" | "recycled" | "personal"
+    neutral: bool = True  # its neutral setting is bit-identical to FedAvg
+    optimises: bool = False  # its `step` replaces the mean update: nothing after it can measure the mean
+    task: Task  # set by bind
+
+    def bind(self, task: Task) -> Self:
+        """The method for this task, at Federation construction. Raises ConfigError for a task it cannot serve."""
+        bound = copy.copy(self)
+        object.__setattr__(bound, "task", task)  # methods are frozen dataclasses; this is the copy's first breath
+        return bound
+
+    def init(self, params: Params) -> S:
+        return ()  # type: ignore[return-value]  # S is the empty tuple for a method without server state
+
+    def init_client(self, params: Params) -> C:
+        return ()  # type: ignore[return-value]
+
+    def probe(self, params: Params, grads: Params) -> Message:
+        """Client, once before round 0: trees to average, from one gradient at the initial model."""
+        return {}
+
+    def setup(self, server: S, params: Params, mean: Message) -> tuple[Params, S]:
+        """Server, once before round 0, with the mean of the probes (``{}`` when no method probes)."""
+        return params, server
+
+    def plan(self, server: S, plan: Plan) -> Plan:
+        """Server: what to ask for."""
+        return plan
+
+    def begin(self, client: C, plan: Plan, params: Params) -> Params:
+        """Client: where to start."""
+        return params
+
+    def correct(self, client: C, plan: Plan, step: Tensor, params: Params, grads: Params) -> Params:
+        """Client, each local step: how to descend. `step` is a 0-d tensor: torch.where, no branching on it."""
+        return grads
+
+    def report(self, client: C, plan: Plan, work: Work, message: Message) -> tuple[Message, C]:
+        """Client: what to send."""
+        return message, client
+
+    def settle(self, client: C, sent: Message, received: Message) -> C:
+        """Client: what was lost. `received` is what the server will decode."""
+        return client
+
+    def step(self, server: S, plan: Plan, mean: Message) -> tuple[Message, S]:
+        """Server: how to learn."""
+        return mean, server
+
+    def observe(self, server: S) -> Mapping[str, Mapping[str, float]]:
+        """For the records only: column -> layer -> number, e.g. the interval of each layer."""
+        return {}
+
+    def has(self, hook: str) -> bool:
+        """Whether the hook does anything: one that does not costs nothing."""
+        return getattr(type(self), hook) is not getattr(Method, hook)
+
+
+@dataclass(frozen=True)
+class FedAvg(Method[tuple[()], tuple[()]]):
+    """McMahan et al. 2017 (arXiv 1602.05629): the mean of the clients' updates, weighted by their examples.
+
+    With others: the neutral element; adding it to a chain changes nothing.
+    """
+
+
+class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
+    """Several methods as one; hooks run from left to right.
+
+    Methods that *measure* a message stand after those that *change* it, server optimisers last.
+
+    Raises:
+        ConfigError: E115 for combinations that are known to be meaningless, with the reason.
+    """
+
+    _flags: ClassVar[tuple[str, ...]] = ("needs_moments", "optimises")
+
+    def __init__(self, *methods: Method[Any, Any]):
+        expect(bool(methods), "Chain() is empty: expected at least one method")
+        flat = [part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,))]
+        _refuse_meaningless(flat)
+        self.methods: tuple[Method[Any, Any], ...] = tuple(flat)
+        self.hold = math.lcm(*(m.hold for m in flat))
+        self.sends = frozenset().union(*(m.sends for m in flat))
+        self.uniform = frozenset().union(*(m.uniform for m in flat))
+        self.rounds = next((m.rounds for m in flat if m.rounds is not None), None)
+        self.withholds = next((m.withholds for m in flat if m.withholds is not None), None)
+        self.neutral = all(m.neutral for m in flat)
+        for flag in self._flags:
+            setattr(self, flag, any(getattr(m, flag) for m in flat))
+
+    def __repr__(self) -> str:
+        return f"Chain({', '.join(map(repr, self.methods))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chain) and self.methods == other.methods
+
+    def __hash__(self) -> int:
+        return hash(self.methods)
+
+    def has(self, hook: str) -> bool:
+        return any(m.has(hook) for m in self.methods)
+
+    def bind(self, task: Task) -> Chain:
+        bound = Chain(*(m.bind(task) for m in self.methods))
+        bound.task = task
+        return bound
+
+    def init(self, params: Params) -> tuple[Any, ...]:
+        return tuple(m.init(params) for m in self.methods)
+
+    def init_client(self, params: Params) -> tuple[Any, ...]:
+        return tuple(m.init_client(params) for m in self.methods)
+
+    def probe(self, params: Params, grads: Params) -> Message:
+        message: Message = {}
+        for m in self.methods:
+            message = _disjoint(message, m.probe(params, grads), "probe tree")
+        return message
+
+    def setup(self, server: tuple[Any, ...], params: Params, mean: Message) -> tuple[Params, tuple[Any, ...]]:
+        states = []
+        for m, s in zip(self.methods, server, strict=True):
+            params, state = m.setup(s, params, mean)
+            states.append(state)
+        return params, tuple(states)
+
+    def plan(self, server: tuple[Any, ...], plan: Plan) -> Plan:
+        for m, s in zip(self.methods, server, strict=True):
+            plan = m.plan(s, plan)
+        return plan
+
+    def begin(self, client: tuple[Any, ...], plan: Plan, params: Params) -> Params:
+        for m, c in zip(self.methods, client, strict=True):
+            params = m.begin(c, plan, params)
+        return params
+
+    def correct(self, client: tuple[Any, ...], plan: Plan, step: Tensor, params: Params, grads: Params) -> Params:
+        for m, c in zip(self.methods, client, strict=True):
+            grads = m.correct(c, plan, step, params, grads)
+        return grads
+
+    def report(
+        self, client: tuple[Any, ...], plan: Plan, work: Work, message: Message
+    ) -> tuple[Message, tuple[Any, ...]]:
+        states = []
+        for m, c in zip(self.methods, client, strict=True):
+            message, state = m.report(c, plan, work, message)
+            states.append(state)
+        return message, tuple(states)
+
+    def settle(self, client: tuple[Any, ...], sent: Message, received: Message) -> tuple[Any, ...]:
+        return tuple(m.settle(c, sent, received) for m, c in zip(self.methods, client, strict=True))
+
+    def step(self, server: tuple[Any, ...], plan: Plan, mean: Message) -> tuple[Message, tuple[Any, ...]]:
+        states = []
+        for m, s in zip(self.methods, server, strict=True):
+            mean, state = m.step(s, plan, mean)
+            states.append(state)
+        return mean, tuple(states)
+
+    def observe(self, server: tuple[Any, ...]) -> Mapping[str, Mapping[str, float]]:
+        columns: dict[str, Mapping[str, float]] = {}
+        for m, s in zip(self.methods, server, strict=True):
+            columns.update(m.observe(s))
+        return columns
+
+
+def _disjoint(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> dict[str, Any]:
+    taken = set(old) & set(new)
+    if taken:
+        raise ConfigError(f"{what} {sorted(taken)[0]!r} is used by two methods of the chain", code="E116")
+    return {**old, **new}
+
+
+def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
+    reasons = {m.withholds for m in methods}
+    if {"waiting", "recycled"} <= reasons:
+        raise ConfigError(
+            "a method that lets layers wait and one that recycles them cannot decide about the same layers",
+            code="E115",
+            remedy="choose one of the two: a layer that waits keeps training locally, a recycled one replays",
+        )
+    for tree in ("control",):
+        writers = [m for m in methods if tree in m.sends]
+        if len(writers) > 1:
+            raise ConfigError(f"{writers[0]!r} and {writers[1]!r} both send the tree {tree!r}", code="E116")
+    for i, m in enumerate(methods):
+        if m.optimises and (later := [n for n in methods[i + 1 :] if n.needs_moments or n.optimises]):
+            raise ConfigError(
+                f"{m!r} replaces the mean update before {later[0]!r} can read it",
+                code="E115",
+                remedy="put methods that measure a message before the server optimiser, and use one optimiser",
+            )
