@@ -1,0 +1,75 @@
+"""Engines run client rounds. `choose` decides between them from static features, never from a timing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lamina.client import Setup, Trainer
+from lamina.engine import processes
+from lamina.engine.base import Engine
+from lamina.engine.loop import LoopEngine
+from lamina.engine.processes import ProcessEngine
+from lamina.errors import ConfigError, expect
+
+ENGINES = ("auto", "loop", "processes", "threads")
+
+
+def cores() -> int:
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest processor cache; 32 MiB where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
+
+
+def choose(name: str, model_bytes: int, batch: int | None, cohort: int, workers: int | None) -> tuple[str, int, str]:
+    """Name, workers and reason of the engine to use, from static features only: results never depend on a timing.
+
+    Args:
+        name: what was asked for; "auto" applies the rule.
+        model_bytes: of the trainable parameters.
+        batch: examples per step, None for whole clients.
+        cohort: clients per round.
+        workers: processes asked for, None for one per core.
+
+    Raises:
+        ConfigError: E103 for an unknown name, E118 for one this machine cannot run.
+    """
+    expect(name in ENGINES, f"engine={name!r}: expected one of {', '.join(ENGINES)}", code="E103", where="engine")
+    whole = workers is None or (isinstance(workers, int) and workers >= 1)
+    expect(whole, f"workers={workers}: expected a whole number >= 1", where="workers")
+    limit = min(workers or cores(), cohort)
+    if name == "processes":
+        if not processes.available():
+            raise ConfigError("engine='processes' needs fork", code="E118", where="engine", remedy="engine='threads'")
+        return name, limit, "asked for"
+    if name != "auto":
+        return name, 1, "asked for"
+    small_batch = batch is not None and batch <= 64
+    if model_bytes > 0.75 * last_level_cache() and small_batch:
+        mib = model_bytes / 2**20
+        return "threads", 1, f"the model ({mib:.0f} MiB) does not fit the cache once per core"
+    if cohort < cores():
+        return "threads", 1, f"{cohort} clients a round are fewer than {cores()} cores"
+    if not processes.available():
+        return "threads", 1, "this system cannot fork"
+    if limit == 1:
+        return "loop", 1, "one core"
+    return "processes", limit, f"one client on each of {limit} cores"
+
+
+def make(name: str, workers: int, reason: str, trainer: Trainer, setup: Setup) -> Engine:
+    match name:
+        case "processes":
+            return ProcessEngine(trainer, setup, workers, reason)
+        case "threads":
+            return LoopEngine(trainer, setup, cores(), reason)
+        case _:
+            return LoopEngine(trainer, setup, 1, reason)
+
+
+__all__ = ["ENGINES", "Engine", "choose", "cores", "make"]

@@ -1,0 +1,50 @@
+"""What an engine is: something that runs client rounds and hands back their replies in the order asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, Protocol
+
+import torch
+
+from lamina.client import Reply, Setup, Trainer, client_probe, client_round
+from lamina.method import Plan
+from lamina.store import Row
+
+Kind = Literal["round", "probe"]
+
+
+class Engine(Protocol):
+    name: str
+    reason: str  # why this one was chosen, for the record
+    workers: int
+
+    def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+        """The replies in the order of `clients`. A reply's message may be overwritten once the next one is asked for.
+
+        Args:
+            rows: what the clients remember; one that is missing starts from the method's `init_client`.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
+    if kind == "probe":
+        return client_probe(trainer, setup, plan, client)
+    fresh = Row(setup.method.init_client(plan.params), {}) if row is None else row
+    return client_round(trainer, setup, plan, client, fresh)
+
+
+@contextmanager
+def threads(n: int) -> Iterator[None]:
+    """torch on n threads within it. One thread is what makes loop and processes agree to the last bit: sums over
+    several threads depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

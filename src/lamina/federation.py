@@ -1,0 +1,492 @@
+"""A federation and its rounds. Read this file third.
+
+cohort -> plan -> what each client lacks -> client rounds -> mean -> step -> new State, RoundRecord
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import time
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import nn
+
+from lamina import engine as engines
+from lamina import wire
+from lamina.aggregate import Mean
+from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addressed_rng
+from lamina.cohort import draw
+from lamina.data.client_data import ClientData
+from lamina.downlink import Broadcast, tag
+from lamina.engine.base import Engine, threads
+from lamina.errors import ConfigError, RunError, expect
+from lamina.evaluate import Evaluation, evaluate, loss_function, personal_accuracy
+from lamina.layers import Layer, layer_table
+from lamina.method import FedAvg, Method, Plan, Task
+from lamina.preflight import ready
+from lamina.random import address
+from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
+from lamina.store import ClientStore, Stored
+from lamina.tree import Message, Params, add, squared_norm, squared_norms
+from lamina.wire import frame
+
+if TYPE_CHECKING:
+    from lamina.runs import Run
+
+Metric: TypeAlias = Callable[[Any, Any], float]
+_REFERENCE_ROUND = 2  # inertia is measured from the global model after this round
+
+
+class Observed(NamedTuple):
+    """What the records must remember from round to round. Nothing else reads it."""
+
+    reference: Params
+    elapsed: dict[str, float]  # mean local steps since each parameter was last aggregated
+
+
+class Initial(NamedTuple):
+    """The model before round 0."""
+
+    params: Params
+    buffers: Params
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything a run needs to go on. A checkpoint is exactly one of these."""
+
+    params: Params
+    buffers: Params
+    server: Any
+    clients: ClientStore
+    round: int = 0  # rounds done, and the index of the next one
+    bytes_up: int = 0
+    bytes_down: int = 0
+    observed: Observed = field(default_factory=lambda: Observed({}, {}))
+
+    def sha256(self) -> str:
+        """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
+        digest = hashlib.sha256()
+        for name, x in sorted({**self.params, **self.buffers}.items()):
+            digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
+            digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Federation:
+    """A model, its clients' data, and how they learn together.
+
+    Args:
+        model: an nn.Module (copied, never changed), or a function that makes one (called under the seed).
+        data: the clients' examples.
+        method: what is done differently from FedAvg; `Chain` for several.
+        uplink, downlink: codecs for the updates and for the parameters sent down.
+        local: local training.
+        cohort: "all", or how many clients are drawn per round, kept together for `method.hold` rounds.
+        weights: "examples" or "uniform", normalised over the accepted messages.
+        buffers: non-parameter tensors such as BatchNorm statistics: "average" (weighted mean; integers take the
+            maximum), "keep" (personal), "skip" (every client starts each round from the initial ones).
+        loss: "cross_entropy", or a function (output, target) -> scalar mean loss.
+        metrics: name -> function (outputs, targets) over the whole test set.
+        aggregate: "mean".
+        seed: every random number follows from it.
+        engine: "auto", "loop", "processes" or "threads"; `workers`: processes, None for one per core.
+        diagnostics: per-layer divergence in the records; costs one float64 per tensor and client on the wire.
+        through_bytes: really encode and decode every plan, message and client state. Slower; changes nothing else.
+
+    Raises:
+        ConfigError: a value out of range, parts that do not fit, or a model that fails on a batch of the data (E121).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        data: ClientData,
+        *,
+        method: Method[Any, Any] | None = None,
+        uplink: wire.Codec | None = None,
+        downlink: wire.Codec | None = None,
+        local: LocalSGD | None = None,
+        cohort: int | Literal["all"] = "all",
+        weights: Literal["examples", "uniform"] = "examples",
+        buffers: Literal["average", "keep", "skip"] = "average",
+        loss: Literal["cross_entropy"] | Loss = "cross_entropy",
+        metrics: Mapping[str, Metric] | None = None,
+        aggregate: Literal["mean"] = "mean",
+        seed: int = 0,
+        engine: str = "auto",
+        workers: int | None = None,
+        diagnostics: bool = True,
+        through_bytes: bool = False,
+    ):
+        expect(isinstance(data, ClientData), f"data: expected a ClientData, got {type(data).__name__}", where="data")
+        clients = len(data)
+        self.cohort = clients if cohort == "all" else _cohort(cohort, clients)
+        expect(weights in ("examples", "uniform"), f"weights={weights!r}: expected 'examples' or 'uniform'")
+        expect(buffers in BUFFERS, f"buffers={buffers!r}: expected one of {', '.join(BUFFERS)}", where="buffers")
+        expect(aggregate == "mean", f"aggregate={aggregate!r}: expected 'mean'", where="aggregate")
+        whole = isinstance(seed, int) and not isinstance(seed, bool)
+        expect(whole, f"seed={seed!r}: expected a whole number", where="seed")
+        self.data = data
+        self.local = local or LocalSGD()
+        self.weights = weights
+        self.metrics = dict(metrics or {})
+        self.seed = seed
+        self.uplink = uplink or wire.Dense()
+        self.downlink = _downlink(downlink or wire.Dense())
+        self.buffers = buffers
+
+        with addressed_rng(seed, "model"):
+            made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
+        expect(isinstance(made, nn.Module), f"model: expected an nn.Module, got {type(made).__name__}", where="model")
+        self.loss = loss_function(loss)
+        self._trainer: Trainer = ready(made, self.loss, data, self.local, seed)
+        self.layers: tuple[Layer, ...] = layer_table(made)
+
+        parts = method or FedAvg()
+        task = Task(
+            self.layers, clients, self.cohort, weights, seed, parts.hold, self.local.lr, self.local.momentum,
+            self.local.weight_decay, self.local.clip,
+        )  # fmt: skip
+        self.method = parts.bind(task)
+        moments = diagnostics or self.method.needs_moments
+        self._setup = Setup(
+            data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, through_bytes
+        )
+        buffers_now = {n: b.clone() for n, b in self._trainer.buffers.items()}
+        self.initial = Initial(self._trainer.snapshot(), buffers_now)
+        self._schema = wire.schema_of(self.initial.params)
+        self._sizes = data.sizes.tolist()
+        size = sum(x.numel() * x.element_size() for x in self.initial.params.values())
+        self.engine, self.workers, self.engine_reason = engines.choose(
+            engine, size, self.local.batch_size, self.cohort, workers
+        )
+        self._fedavg = self._fedavg_bytes()
+
+    @property
+    def model(self) -> nn.Module:
+        """A fresh copy of the model with its initial weights."""
+        return self.module(State(*self.initial, (), ClientStore()))
+
+    def module(self, state: State) -> nn.Module:
+        """A plain nn.Module with the global weights of this state, in ordinary memory layout."""
+        self._trainer.load(state.params, state.buffers)
+        made = copy.deepcopy(self._trainer.model)
+        for tensor in (*made.parameters(), *made.buffers()):
+            tensor.data = tensor.data.contiguous(memory_format=torch.contiguous_format).clone()
+        return made.eval()
+
+    def run(
+        self, rounds: int, state: State | None = None, *, evaluate_every: int = 1
+    ) -> Iterator[tuple[State, RoundRecord]]:
+        """The rounds, one at a time. `break` to stop.
+
+        Args:
+            rounds: how many more.
+            state: where to go on from; None starts anew.
+            evaluate_every: test after every so many rounds, and after the last.
+        """
+        return run(self, state, rounds, evaluate_every=evaluate_every)
+
+    def fit(self, rounds: int, out: str | Path | None = None, **options: Any) -> Run:
+        """The same with a run folder, checkpoints and progress. See `lamina.runs.fit`."""
+        from lamina.runs import fit  # the one import from a higher level, so that `fed.fit` can exist
+
+        return fit(self, rounds, out, **options)
+
+    def start(self, engine: Engine) -> tuple[State, _Books]:
+        """The state before round 0: the method's states, its probe and its setup."""
+        params, buffers = self.initial
+        server = self.method.init(params)
+        books = _Books()
+        store = ClientStore()
+        mean: Message = {}
+        if self.method.has("probe"):
+            everyone = tuple(range(len(self.data)))
+            plan = self._plan(params, buffers, 0, 1, len(everyone))
+            mean, store = self._collect("probe", engine, Broadcast(plan, self.downlink, self._schema, False), everyone,
+                                        ClientStore(), books)  # fmt: skip
+        params, server = self.method.setup(server, params, mean)
+        if mean:  # who has answered the probe holds the initial model, from which a mask makes the new one
+            tags = {f"params/{name}": tag(x) for name, x in params.items()}
+            store = store.updated({c: store.get(c)._replace(held=store.get(c).held | tags) for c in store})
+        return State(params, buffers, server, store), books
+
+    def round(
+        self, state: State, engine: Engine, horizon: int, evaluating: bool, books: _Books
+    ) -> tuple[State, RoundRecord]:
+        """One round: the new state, and its record."""
+        began = time.perf_counter()
+        t = state.round
+        with threads(1 if engine.name != "threads" else engines.cores()):
+            cohort = draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
+            plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, horizon, len(cohort)))
+            broadcast = Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes)
+            order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
+            mean, store = self._collect("round", engine, broadcast, order, state.clients, books)
+            if not books.accepted:
+                raise RunError(
+                    f"round {t}: every message was refused; the first, of client {books.clients[0].name!r}, has "
+                    f"non-finite values in {books.events[0]['layer']}",
+                    code="E310",
+                    where=f"round {t}",
+                    remedy="training diverged on every client: lower local.lr, or set local.clip",
+                )
+            seen = mean
+            truth = replace(plan, params=state.params, participation=books.accepted / len(self.data))
+            mean, server = self.method.step(state.server, truth, mean)
+            params = state.params | add(mean["update"], state.params)
+            buffers = state.buffers | mean.get("buffers", {})
+            observed, layers = self._observe(state, plan, seen, params, server, books)
+        new = State(
+            params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
+            state.bytes_down + books.down.total(), observed,
+        )  # fmt: skip
+        result = self.evaluate(new, horizon) if evaluating else Evaluation()
+        seconds = time.perf_counter() - began
+        clients = sorted(books.clients)
+        accepted = [c for c in clients if c.refused is None]
+        record = RoundRecord(
+            round=t,
+            cohort=cohort,
+            in_sync=plan.in_sync,
+            bytes_up=books.up.total(),
+            bytes_down=books.down.total(),
+            seconds=seconds,
+            layers=layers,
+            traffic=tuple(books.traffic()),
+            clients=tuple(clients),
+            train_loss=sum(c.loss for c in accepted) / len(accepted),
+            lr=plan.lr,
+            accuracy=result.accuracy,
+            loss=result.loss,
+            personal_accuracy=result.personal_accuracy,
+            metrics=result.metrics or {},
+            events=tuple(books.events),
+            fedavg_up=self._fedavg[0] * len(cohort),
+            fedavg_down=self._fedavg[1] * len(cohort),
+        )
+        return new, record
+
+    def evaluate(self, state: State, horizon: int = 1) -> Evaluation:
+        """The global model of this state on the test set, and the personal models on the clients' own test sets."""
+        with threads(engines.cores()):
+            self._trainer.load(state.params, state.buffers)
+            result = evaluate(self._trainer, self.data.test, self.loss, self.metrics)
+            if self.data.client_tests is None and self.method.withholds != "personal":
+                return result
+            plan = self._plan(state.params, state.buffers, state.round, max(horizon, state.round + 1), self.cohort)
+            plan = self.method.plan(state.server, plan)
+            personal = personal_accuracy(self._trainer, self._setup, plan, state.clients)
+            return result._replace(personal_accuracy=personal)
+
+    def _plan(self, params: Params, buffers: Params, t: int, horizon: int, cohort: int) -> Plan:
+        return Plan(
+            round=t,
+            seed=address(self.seed, "round", t),
+            params=params,
+            buffers=buffers,
+            upload=frozenset(params),
+            lr=self.local.rate(t, horizon),
+            participation=cohort / len(self.data),
+        )
+
+    def _collect(
+        self, kind: Literal["round", "probe"], engine: Engine, broadcast: Broadcast, order: Sequence[int],
+        store: ClientStore, books: _Books,
+    ) -> tuple[Message, ClientStore]:  # fmt: skip
+        """Sends the plan, takes the replies in order, and sums what is accepted."""
+        parts = {c: float(self._sizes[c]) if self.weights == "examples" else 1.0 for c in order}
+        total = sum(parts.values())
+        shares = {c: parts[c] / total for c in order}
+        even = 1.0 / len(order)
+        mean = Mean(sum(shares.values()))
+        uniform = Mean(sum(even for _ in order))
+        stored = {c: store.get(c) for c in order}
+        rows = {c: s.row for c, s in stored.items() if s.row is not None}
+        changed: dict[int, Stored] = {}
+        for reply in engine.replies(kind, broadcast.plan, order, rows):
+            c = reply.client
+            lacking = broadcast.lacking(stored[c].held)
+            down = books.sent(kind, "down", broadcast.sizes(lacking, stored[c].accepted))
+            up = books.sent(kind, "up", reply.sizes)
+            books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
+            if reply.refused is not None:
+                changed[c] = stored[c]._replace(held=broadcast.tags)
+                continue
+            for tree, content in reply.message.items():
+                if tree in self.method.uniform:
+                    uniform.add(tree, content, even)
+                else:
+                    mean.add(tree, content, shares[c])
+            if not self.uplink_is_dense:
+                books.count(reply.message.get("update", {}), shares[c])
+            row = None if kind == "probe" else reply.row
+            changed[c] = Stored(row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
+        return mean.result() | uniform.result(), store.updated(changed)
+
+    @property
+    def uplink_is_dense(self) -> bool:
+        return isinstance(self.uplink, wire.Dense)
+
+    def _observe(
+        self, state: State, plan: Plan, mean: Message, params: Params, server: Any, books: _Books
+    ) -> tuple[Observed, dict[str, LayerRecord]]:
+        steps = float(mean["steps"]["steps"])
+        old = state.observed
+        elapsed = {name: old.elapsed.get(name, 0.0) + steps for name in params}
+        columns = self.method.observe(server)
+        intervals = columns.get("interval", {})
+        reference = params if plan.round == _REFERENCE_ROUND else old.reference
+        base = squared_norms(reference) if reference else {}
+        rows = {}
+        for name in params:
+            u = mean["update"].get(name)
+            kept = plan.mask.get(name) if plan.mask else None
+            numel = params[name].numel() if kept is None else int(kept.sum())
+            numbers: dict[str, float | None] = {}
+            if u is not None:
+                density = books.kept[name] / numel if not self.uplink_is_dense and numel else 1.0
+                norm2 = squared_norm(u)
+                numbers = {"update_norm": norm2**0.5, "density": density * numel / max(1, params[name].numel())}
+                if "moments" in mean:
+                    second = float(mean["moments"][name])
+                    numbers |= _spread(second, norm2, books.accepted, numel, elapsed[name])
+            if reference:
+                moved = squared_norm(params[name] - reference[name]) ** 0.5
+                numbers["inertia"] = moved / base[name] ** 0.5 if base[name] else None
+            rows[name] = LayerRecord(
+                uploaded=name in plan.upload,
+                interval=int(intervals.get(name, 1)),
+                bytes_up=books.up["round", name],
+                bytes_down=books.down["round", name],
+                **numbers,
+            )
+        elapsed |= dict.fromkeys(mean["update"], 0.0)
+        return Observed(reference, elapsed), rows
+
+    def _fedavg_bytes(self) -> tuple[int, int]:
+        """Bytes up and down of one client and round under plain FedAvg with fp32."""
+        params, buffers = self.initial
+        plan = Broadcast(self._plan(params, buffers, 0, 1, self.cohort), wire.Dense(), self._schema, False)
+        down = sum(size.total for size in plan.sizes(plan.lacking({}), -1).values())
+        trees = {"update": params}
+        if self.buffers == "average" and buffers:
+            trees["buffers"] = buffers
+        raw = wire.Dense()
+        lengths = {t: raw.transmit(x, wire.Context(wire.schema_of(x)))[1].total for t, x in trees.items()}
+        up = sum(lengths.values()) + frame.overhead("message", {"steps": 0.0, "loss": 0.0}, lengths)
+        return up, down
+
+
+class _Books:
+    """The accounts of one round: bytes by layer, clients, events."""
+
+    def __init__(self) -> None:
+        self.up: Counter[tuple[str, str]] = Counter()
+        self.down: Counter[tuple[str, str]] = Counter()
+        self.clients: list[ClientRecord] = []
+        self.events: list[dict[str, str]] = []
+        self.accepted = 0
+        self.kept: dict[str, float] = defaultdict(float)  # weighted mean number of entries that travelled, by layer
+
+    def sent(self, phase: str, direction: str, sizes: Mapping[str, wire.Size]) -> int:
+        rows = self.up if direction == "up" else self.down
+        total = 0
+        for tree, size in sizes.items():
+            if tree in ("update", "params"):
+                for layer, n in size.rows.items():
+                    rows[phase, layer] += n
+                rows[phase, "_shared"] += size.shared
+            else:
+                rows[phase, f"_{tree}" if tree else "_shared"] += size.total
+            total += size.total
+        return total
+
+    def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, round: int) -> None:
+        refused = None if reply.refused is None else "E310"
+        if reply.steps:
+            self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
+        if reply.refused is None:
+            self.accepted += bool(reply.steps)
+        else:
+            self.events.append(
+                {"code": "E310", "client": name, "layer": reply.refused, "message": "non-finite values; not used"}
+            )
+
+    def count(self, update: Params, share: float) -> None:
+        for name, x in update.items():
+            self.kept[name] += share * int(torch.count_nonzero(x))
+
+    def traffic(self) -> Iterator[Traffic]:
+        for direction, rows in (("up", self.up), ("down", self.down)):
+            for (phase, layer), n in rows.items():
+                yield Traffic(phase, direction, layer, n)
+
+
+def run(
+    fed: Federation, state: State | None, rounds: int, *, evaluate_every: int = 1
+) -> Iterator[tuple[State, RoundRecord]]:
+    """The rounds of a federation, one at a time: (state after the round, its record)."""
+    expect(isinstance(rounds, int) and rounds >= 1, f"rounds={rounds}: expected a whole number >= 1", where="rounds")
+    whole = isinstance(evaluate_every, int) and evaluate_every >= 1
+    expect(whole, f"evaluate_every={evaluate_every}: expected a whole number >= 1", where="evaluate_every")
+    planned = fed.method.rounds
+    horizon = rounds + (state.round if state else 0)
+    if planned is not None and planned != horizon:
+        warnings.warn(f"{fed.method!r} plans {planned} rounds, this run has {horizon}", stacklevel=2)
+    engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup)
+    try:
+        books = _Books()
+        if state is None:
+            with threads(1):
+                state, books = fed.start(engine)
+        for _ in range(rounds):
+            t = state.round
+            evaluating = (t + 1) % evaluate_every == 0 or t + 1 == horizon
+            state, record = fed.round(state, engine, horizon, evaluating, books)
+            yield state, record
+            books = _Books()
+    finally:
+        engine.close()
+
+
+def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> dict[str, float | None]:
+    """Divergence figures from E|u|^2 and |Eu|^2, over m messages of so many entries."""
+    spread = max(0.0, second - norm2)
+    return {
+        "divergence": (spread / norm2) ** 0.5 if norm2 > 0 else None,
+        "divergence_std": (m * spread / (m * numel - 1)) ** 0.5 if m * numel > 1 else None,
+        "alignment": norm2 / second if second > 0 else None,
+        "discrepancy": spread / (steps * numel) if steps * numel else None,
+    }
+
+
+def _cohort(cohort: int | str, clients: int) -> int:
+    if not isinstance(cohort, int) or isinstance(cohort, bool) or not 1 <= cohort <= clients:
+        raise ConfigError(
+            f"cohort={cohort!r}: expected 'all' or a whole number from 1 to {clients}, the number of clients",
+            code="E112",
+            where="cohort",
+            remedy=f"a cohort is drawn without replacement from the {clients} clients",
+        )
+    return cohort
+
+
+def _downlink(codec: wire.Codec) -> wire.Codec:
+    allowed = ("fp32", "lossless", "fp16", "bf16", "int8")
+    if isinstance(codec, wire.Dense) and codec.values in allowed:
+        return codec
+    raise ConfigError(
+        f"downlink={codec!r}: expected Dense with values in {', '.join(allowed)}",
+        code="E113",
+        where="downlink",
+        remedy="the downlink codes parameters, not updates: sparse or one-bit values would replace the model itself",
+    )

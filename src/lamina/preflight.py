@@ -1,0 +1,104 @@
+"""Before anything is trained: does this model run on this data?"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lamina.client import LocalSGD, Loss, Trainer, addressed_rng
+from lamina.data.client_data import ClientData
+from lamina.data.transform import Batch
+from lamina.errors import ConfigError
+
+_TRIAL = 8  # examples
+
+
+def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int) -> Trainer:
+    """A trainer for the model, after one real forward and backward pass on a copy of it.
+
+    NHWC memory is used when the model has 2-D convolutions and its forward pass accepts it (one that calls `.view` on
+    activations does not).
+
+    Raises:
+        ConfigError: E111 for uninitialised modules or nothing to train, E121 when the model or the loss fails, with
+            the layer and the shapes.
+    """
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(x):
+            raise ConfigError(
+                f"{name} is not initialised yet", code="E111", where="model", remedy="run one batch through it first"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("the model has no trainable parameter", code="E111", where="model")
+    convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    if convolves and _fails(model, loss, data, local, seed, channels_last=True) is None:
+        return Trainer(model, loss, data, local, seed, channels_last=True)
+    error = _fails(model, loss, data, local, seed, channels_last=False)
+    if error is not None:
+        raise error
+    return Trainer(model, loss, data, local, seed, channels_last=False)
+
+
+def _fails(
+    model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int, channels_last: bool
+) -> ConfigError | None:
+    """One training step's gradient on a real batch, on a copy."""
+    trainer = Trainer(copy.deepcopy(model), loss, data, local, seed, channels_last)
+    trainer.model.train()
+    largest = int(data.sizes.argmax())
+    x, y = trainer.batch(data.indices_of(largest)[:_TRIAL], None)
+    trace = _Trace(trainer.model)
+    try:
+        with addressed_rng(seed, "trial"):
+            value = loss(trainer.forward(x), y)
+            if not isinstance(value, Tensor) or value.dim() != 0:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                return ConfigError(f"loss: expected a scalar tensor, got {shape}", code="E121", where="loss")
+            torch.autograd.grad(value, trainer.weights, materialize_grads=True)
+    except Exception as error:
+        where = trace.inside or "loss"
+        given = f" received {trace.received}," if trace.inside else ""
+        return ConfigError(
+            f"the model fails on a batch of the data (x {_shape(x)}, y {_shape(y)}): {where}{given} "
+            f"{type(error).__name__}: {error}",
+            code="E121",
+            where=where,
+            remedy="make the model accept these shapes, or the data provide what the model expects",
+        )
+    return None
+
+
+class _Trace:
+    """Which module a forward pass is in."""
+
+    def __init__(self, model: nn.Module):
+        self.inside = ""
+        self.received = ""
+        self._stack: list[str] = []
+        for name, module in model.named_modules():
+            label = f"{type(model).__name__}.{name}" if name else type(model).__name__
+            module.register_forward_pre_hook(self._enter(label))
+            module.register_forward_hook(self._leave)
+
+    def _enter(self, label: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            self._stack.append(label)
+            self.inside = label
+            self.received = ", ".join(_shape(x) for x in inputs)
+
+        return hook
+
+    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._stack.pop()
+        self.inside = self._stack[-1] if self._stack else ""
+
+
+def _shape(x: Batch | Any) -> str:
+    if isinstance(x, Tensor):
+        return "x".join(map(str, x.shape)) or "scalar"
+    if isinstance(x, dict):
+        return "{" + ", ".join(f"{k}: {_shape(v)}" for k, v in x.items()) + "}"
+    return type(x).__name__
