@@ -108,11 +108,11 @@ class Setup(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What the server has of a client after its round."""
+    """What the server has of a client after its round (or its probe, or an evaluation)."""
 
     client: int
     message: Message  # as decoded by the server
-    row: Row  # the client's state if the server accepts the message; else it keeps the one from before
+    row: Row | None  # the client's state if the server accepts the message; else it keeps the one from before
     sizes: dict[str, wire.Size]  # exact bytes, tree by tree; "" is the frame around them
     loss: float  # mean training loss over the local steps
     steps: int
@@ -142,8 +142,16 @@ class Trainer:
         self.buffers = {name: b for name, b in model.named_buffers() if name in kept}
         self._unsaved = [(b, b.clone()) for name, b in model.named_buffers() if name not in kept]
         self.weights: list[Tensor] = list(self.params.values())
+        self._held: Plan | None = None
+
+    def hold(self, plan: Plan) -> None:
+        """Load the plan's model, unless it is loaded already."""
+        if self._held is not plan:
+            self.load(plan.params, plan.buffers)
+            self._held = plan
 
     def load(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
+        self._held = None
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(params[name])
@@ -262,8 +270,7 @@ def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Rep
     message = setup.method.probe(plan.params, grads)
     sizes = {tree: DENSE.transmit(x, wire.Context(wire.schema_of(x)))[1] for tree, x in message.items()}
     sizes[""] = wire.Size({}, frame.overhead("message", {"loss": 0.0}, {t: s.total for t, s in sizes.items()}))
-    row = Row(setup.method.init_client(plan.params), {})
-    return Reply(client, message, row, sizes, float(loss), 0, _non_finite(message))
+    return Reply(client, message, None, sizes, float(loss), 0, _non_finite(message))
 
 
 DENSE = wire.Dense()

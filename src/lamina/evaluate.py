@@ -1,8 +1,12 @@
-"""What a model is worth: on the test set, and on the clients' own."""
+"""What a model is worth: on the test set, and on the clients' own.
+
+The test set is cut into pieces that are worth the same wherever they are computed, so an engine can spread them over
+its workers like clients.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,16 +17,27 @@ from lamina.client import Loss, Setup, Trainer
 from lamina.data.transform import Batch
 from lamina.errors import expect
 from lamina.method import Plan
-from lamina.store import ClientStore, Row
+from lamina.store import Row
 
-_BATCH = 500
+_PIECE = 500  # examples
 
 
-class Evaluation(NamedTuple):
-    accuracy: float | None = None  # None when the targets are not class labels
-    loss: float | None = None
-    metrics: dict[str, float] | None = None
-    personal_accuracy: float | None = None
+class Score(NamedTuple):
+    """Of some examples. Scores add up."""
+
+    loss: float  # sum over the examples
+    examples: int
+    hits: int  # right predictions
+    targets: int  # labels to predict; 0 when the targets are no class labels
+
+    @staticmethod
+    def total(parts: Iterable[Score]) -> Score:
+        loss, examples, hits, targets = zip(*parts, strict=True)
+        return Score(sum(loss), sum(examples), sum(hits), sum(targets))
+
+    @property
+    def accuracy(self) -> float | None:
+        return self.hits / self.targets if self.targets else None
 
 
 def loss_function(loss: Any) -> Loss:
@@ -33,79 +48,77 @@ def loss_function(loss: Any) -> Loss:
     return chosen
 
 
-def evaluate(
-    trainer: Trainer, test: tuple[Batch, Batch] | None, loss: Loss, metrics: Mapping[str, Callable[[Any, Any], float]]
-) -> Evaluation:
-    """The model that the trainer holds, in eval mode, without augmentation.
+def pieces(test: tuple[Batch, Batch]) -> int:
+    """How many pieces a test set is cut into."""
+    return -(-_length(test[1]) // _PIECE)
 
-    Accuracy counts ``output.argmax(1) == target`` where targets are integer labels; `metrics` see the outputs and
-    targets of the whole test set at once.
+
+def score_piece(trainer: Trainer, setup: Setup, plan: Plan, piece: int) -> Score:
+    """The global model, plan.params, on one piece of the test set."""
+    trainer.hold(plan)
+    return _score(trainer, setup.loss, _cut(_given(setup.data.test), piece))
+
+
+def score_personal(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row) -> Score:
+    """A client's personal model, begin(client, next plan, params), on its own test set.
+
+    Where the data has none (local-only training), on the common one.
     """
-    if test is None:
-        return Evaluation()
+    tests = setup.data.client_tests
+    test = _given(setup.data.test if tests is None else tests.get(setup.data.names[client]))
+    trainer.load(setup.method.begin(row.method, plan, plan.params), row.buffers or plan.buffers)
+    return Score.total(_score(trainer, setup.loss, _cut(test, piece)) for piece in range(pieces(test)))
+
+
+def whole_set_metrics(
+    trainer: Trainer, setup: Setup, plan: Plan, metrics: Mapping[str, Callable[[Any, Any], float]]
+) -> dict[str, float]:
+    """Metrics that need the outputs and targets of the whole test set at once."""
+    trainer.hold(plan)
     trainer.model.eval()
-    examples = right = 0
-    total = 0.0
-    outputs: list[Any] = []
-    labelled = True
+    test = _given(setup.data.test)
     with torch.inference_mode():
-        for x, y in _pieces(test):
-            output = trainer.forward(trainer.arrange(trainer.data.transform(x, None)))
-            n = _length(y)
-            total += float(loss(output, y)) * n
-            hits = _hits(output, y)
-            labelled = labelled and hits is not None
-            right += hits or 0
-            examples += y.numel() if labelled and isinstance(y, Tensor) else n
-            if metrics:
-                outputs.append(output)
-        found = {}
-        if metrics:
-            whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs
-            found = {name: float(metric(whole, test[1])) for name, metric in metrics.items()}
-    return Evaluation(right / examples if labelled else None, total / _length(test[1]), found)
+        outputs = [_forward(trainer, _cut(test, piece)[0]) for piece in range(pieces(test))]
+        whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs
+        return {name: float(metric(whole, test[1])) for name, metric in metrics.items()}
 
 
-def personal_accuracy(trainer: Trainer, setup: Setup, plan: Plan, store: ClientStore) -> float | None:
-    """Mean over clients of the accuracy of each one's personal model, begin(client, next plan, params).
-
-    Each is tested on its own test set; where the data has none (local-only training), on the common one.
-    """
-    method, data = setup.method, setup.data
-    tests = data.client_tests
-    scores: list[float] = []
-    for client, name in enumerate(data.names):
-        test = data.test if tests is None else tests.get(name)
-        if test is None:
-            continue
-        row = store.get(client).row or Row(method.init_client(plan.params), {})
-        trainer.load(method.begin(row.method, plan, plan.params), row.buffers or plan.buffers)
-        accuracy = evaluate(trainer, test, setup.loss, {}).accuracy
-        if accuracy is None:
-            return None
-        scores.append(accuracy)
-    return sum(scores) / len(scores) if scores else None
+def _score(trainer: Trainer, loss: Loss, examples: tuple[Batch, Batch]) -> Score:
+    trainer.model.eval()
+    x, y = examples
+    n = _length(y)
+    with torch.inference_mode():
+        output = _forward(trainer, x)
+        value = float(loss(output, y)) * n
+        labels = isinstance(y, Tensor) and not y.is_floating_point()
+        if not labels or not isinstance(output, Tensor) or output.dim() != _dim(y) + 1:
+            return Score(value, n, 0, 0)
+        return Score(value, n, int((output.argmax(1) == y).sum()), _numel(y))
 
 
-def _pieces(test: tuple[Batch, Batch]) -> Iterator[tuple[Batch, Batch]]:
-    x, y = test
-    for start in range(0, _length(y), _BATCH):
-        yield _slice(x, start), _slice(y, start)
+def _forward(trainer: Trainer, x: Batch) -> Any:
+    return trainer.forward(trainer.arrange(trainer.data.transform(x, None)))
 
 
-def _slice(x: Batch, start: int) -> Batch:
-    if isinstance(x, dict):
-        return {name: part[start : start + _BATCH] for name, part in x.items()}
-    return x[start : start + _BATCH]
+def _given(test: tuple[Batch, Batch] | None) -> tuple[Batch, Batch]:
+    expect(test is not None, "there is no test set to evaluate on")
+    assert test is not None  # said above
+    return test
+
+
+def _cut(test: tuple[Batch, Batch], piece: int) -> tuple[Batch, Batch]:
+    start, end = piece * _PIECE, (piece + 1) * _PIECE
+    x, y = ({k: v[start:end] for k, v in part.items()} if isinstance(part, dict) else part[start:end] for part in test)
+    return x, y
 
 
 def _length(x: Batch) -> int:
     return len(next(iter(x.values()))) if isinstance(x, dict) else len(x)
 
 
-def _hits(output: Any, y: Batch) -> int | None:
-    """Right predictions, None where the target is not a vector (or grid) of class labels."""
-    classes = isinstance(y, Tensor) and isinstance(output, Tensor) and not y.is_floating_point()
-    if not classes or output.dim() != y.dim() + 1:  # type: ignore[union-attr]  # both are tensors here
-        return None
-    return int((output.argmax(1) == y).sum())
+def _dim(y: Batch) -> int:
+    return y.dim() if isinstance(y, Tensor) else 0
+
+
+def _numel(y: Batch) -> int:
+    return y.numel() if isinstance(y, Tensor) else 0

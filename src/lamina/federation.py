@@ -25,9 +25,9 @@ from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addres
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, tag
-from lamina.engine.base import Engine, threads
+from lamina.engine.base import Engine, score_of, threads
 from lamina.errors import ConfigError, RunError, expect
-from lamina.evaluate import Evaluation, evaluate, loss_function, personal_accuracy
+from lamina.evaluate import Score, loss_function, pieces, whole_set_metrics
 from lamina.layers import Layer, layer_table
 from lamina.method import FedAvg, Method, Plan, Task
 from lamina.preflight import ready
@@ -49,6 +49,15 @@ class Observed(NamedTuple):
 
     reference: Params
     elapsed: dict[str, float]  # mean local steps since each parameter was last aggregated
+
+
+class Evaluation(NamedTuple):
+    """What a state is worth. None where it does not apply: no test set, targets that are no class labels."""
+
+    accuracy: float | None
+    loss: float | None
+    metrics: dict[str, float]
+    personal_accuracy: float | None
 
 
 class Initial(NamedTuple):
@@ -249,7 +258,7 @@ class Federation:
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
             state.bytes_down + books.down.total(), observed,
         )  # fmt: skip
-        result = self.evaluate(new, horizon) if evaluating else Evaluation()
+        result = self.evaluate(new, horizon, engine) if evaluating else Evaluation(None, None, {}, None)
         seconds = time.perf_counter() - began
         clients = sorted(books.clients)
         accepted = [c for c in clients if c.refused is None]
@@ -268,24 +277,40 @@ class Federation:
             accuracy=result.accuracy,
             loss=result.loss,
             personal_accuracy=result.personal_accuracy,
-            metrics=result.metrics or {},
+            metrics=result.metrics,
             events=tuple(books.events),
             fedavg_up=self._fedavg[0] * len(cohort),
             fedavg_down=self._fedavg[1] * len(cohort),
         )
         return new, record
 
-    def evaluate(self, state: State, horizon: int = 1) -> Evaluation:
-        """The global model of this state on the test set, and the personal models on the clients' own test sets."""
-        with threads(engines.cores()):
-            self._trainer.load(state.params, state.buffers)
-            result = evaluate(self._trainer, self.data.test, self.loss, self.metrics)
-            if self.data.client_tests is None and self.method.withholds != "personal":
-                return result
-            plan = self._plan(state.params, state.buffers, state.round, max(horizon, state.round + 1), self.cohort)
+    def evaluate(self, state: State, horizon: int = 1, engine: Engine | None = None) -> Evaluation:
+        """The global model of this state on the test set, and the personal models on the clients' own test sets.
+
+        Accuracy counts ``output.argmax(1) == target`` where targets are integer labels. The personal one is the mean
+        over the clients that have a test set; where none has and nothing is shared, over all on the common test set.
+        """
+        engine = engine or engines.make("threads", 1, "", self._trainer, self._setup)
+        horizon = max(horizon, state.round + 1)
+        plan = self._plan(state.params, state.buffers, state.round, horizon, self.cohort)
+        score, metrics, personal = None, {}, None
+        if self.data.test is not None:
+            parts = range(pieces(self.data.test))
+            score = Score.total([score_of(reply) for reply in engine.replies("test", plan, parts, {})])
+            if self.metrics:
+                with threads(engines.cores()):
+                    metrics = whole_set_metrics(self._trainer, self._setup, plan, self.metrics)
+        tests = self.data.client_tests
+        if tests is not None or (self.method.withholds == "personal" and score is not None):
             plan = self.method.plan(state.server, plan)
-            personal = personal_accuracy(self._trainer, self._setup, plan, state.clients)
-            return result._replace(personal_accuracy=personal)
+            having = [c for c, name in enumerate(self.data.names) if tests is None or name in tests]
+            rows = {c: row for c in having if (row := state.clients.get(c).row) is not None}
+            scores = [score_of(reply).accuracy for reply in engine.replies("personal", plan, having, rows)]
+            known = [accuracy for accuracy in scores if accuracy is not None]
+            personal = sum(known) / len(known) if known else None
+        if score is None:
+            return Evaluation(None, None, metrics, personal)
+        return Evaluation(score.accuracy, score.loss / score.examples, metrics, personal)
 
     def _plan(self, params: Params, buffers: Params, t: int, horizon: int, cohort: int) -> Plan:
         return Plan(
@@ -328,8 +353,7 @@ class Federation:
                     mean.add(tree, content, shares[c])
             if not self.uplink_is_dense:
                 books.count(reply.message.get("update", {}), shares[c])
-            row = None if kind == "probe" else reply.row
-            changed[c] = Stored(row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
+            changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
         return mean.result() | uniform.result(), store.updated(changed)
 
     @property

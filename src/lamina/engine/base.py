@@ -9,10 +9,11 @@ from typing import Literal, Protocol
 import torch
 
 from lamina.client import Reply, Setup, Trainer, client_probe, client_round
+from lamina.evaluate import Score, score_personal, score_piece
 from lamina.method import Plan
 from lamina.store import Row
 
-Kind = Literal["round", "probe"]
+Kind = Literal["round", "probe", "test", "personal"]
 
 
 class Engine(Protocol):
@@ -24,6 +25,7 @@ class Engine(Protocol):
         """The replies in the order of `clients`. A reply's message may be overwritten once the next one is asked for.
 
         Args:
+            kind: what to do; for "test", `clients` are pieces of the test set.
             rows: what the clients remember; one that is missing starts from the method's `init_client`.
         """
         ...
@@ -34,8 +36,23 @@ class Engine(Protocol):
 def work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
     if kind == "probe":
         return client_probe(trainer, setup, plan, client)
-    fresh = Row(setup.method.init_client(plan.params), {}) if row is None else row
-    return client_round(trainer, setup, plan, client, fresh)
+    if kind == "test":
+        return _scored(client, score_piece(trainer, setup, plan, client))
+    if row is None:
+        row = Row(setup.method.init_client(plan.params), {})
+    if kind == "personal":
+        return _scored(client, score_personal(trainer, setup, plan, client, row))
+    return client_round(trainer, setup, plan, client, row)
+
+
+def score_of(reply: Reply) -> Score:
+    loss, examples, hits, targets = reply.message["score"]["score"].tolist()
+    return Score(loss, int(examples), int(hits), int(targets))
+
+
+def _scored(client: int, score: Score) -> Reply:
+    numbers = {"score": {"score": torch.tensor(score, dtype=torch.float64)}}
+    return Reply(client, numbers, None, {}, 0.0, 0, None)
 
 
 @contextmanager

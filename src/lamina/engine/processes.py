@@ -180,7 +180,7 @@ class _Pool:
     def _reply(self, client: int, answer: dict[str, Any], slot: int) -> Reply:
         trees = self._replies.read(answer["entries"])
         leaves = {name: x.clone() for name, x in trees.pop("row", {}).items()}
-        row = unflatten(self._like, answer["row"], leaves)
+        row: Row | None = unflatten(self._like, answer["row"], leaves)
         sizes = {tree: wire.Size(rows, shared) for tree, (rows, shared) in answer["sizes"].items()}
         message = {tree: trees.get(tree, {}) for tree in answer["trees"]}
         return Reply(client, message, row, sizes, answer["loss"], answer["steps"], answer["refused"])
