@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lamina import schedule, wire
 from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
-from lamina.errors import expect
+from lamina.errors import expect, is_whole
 from lamina.method import Method, Plan, Work
 from lamina.random import address, generator
 from lamina.store import Row
@@ -39,7 +39,8 @@ class LocalSGD:
         epochs: passes over the client's data per round; ignored when `steps` is given.
         steps: local steps per round, going on over epochs.
         schedule: factor of lr by round (see lamina.schedule), or a function (round, rounds) -> factor.
-        clip: largest global norm of the corrected gradient, > 0.
+        clip: largest global norm of the corrected gradient, > 0; scaled by exactly clip / norm (torch's
+            clip_grad_norm_ adds 1e-6 to the norm).
     """
 
     lr: float = 0.1
@@ -59,9 +60,8 @@ class LocalSGD:
         expect(0 <= decay < math.inf, f"weight_decay={decay}: expected a number >= 0", where="local.weight_decay")
         for name in ("batch_size", "epochs", "steps"):
             value = getattr(self, name)
-            optional = value is None and name != "epochs"
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            expect(optional or whole, f"{name}={value}: expected a whole number >= 1", where=f"local.{name}")
+            fine = is_whole(value, 1) or (value is None and name != "epochs")
+            expect(fine, f"{name}={value}: expected a whole number >= 1", where=f"local.{name}")
         expect(self.clip is None or self.clip > 0, f"clip={self.clip}: expected a number > 0", where="local.clip")
         self.rate(0, 1)
 

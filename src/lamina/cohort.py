@@ -13,7 +13,8 @@ def draw(seed: int, key: int, clients: int, m: int) -> tuple[int, ...]:
     Args:
         key: the round that stands for the whole hold: ``round - round % hold``.
 
-    The cost follows m, not the population: positions are drawn until m different ones are there.
+    For up to half of the clients, positions are drawn one by one until m different ones are there, so the cost follows
+    m, not the population; for more, the first m of a permutation are taken.
     """
     if m >= clients:
         return tuple(range(clients))

@@ -63,6 +63,11 @@ class StorageError(LaminaError):
     default_code = "E401"
 
 
+def is_whole(value: object, least: int) -> bool:
+    """Whether it is a whole number >= least; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def expect(
     condition: bool, message: str, *, code: str = "E101", where: str | None = None, remedy: str | None = None
 ) -> None:

@@ -90,10 +90,14 @@ def _score(trainer: Trainer, loss: Loss, examples: tuple[Batch, Batch]) -> Score
     with torch.inference_mode():
         output = _forward(trainer, x)
         value = float(loss(output, y)) * n
-        labels = isinstance(y, Tensor) and not y.is_floating_point()
-        if not labels or not isinstance(output, Tensor) or output.dim() != _dim(y) + 1:
-            return Score(value, n, 0, 0)
-        return Score(value, n, int((output.argmax(1) == y).sum()), _numel(y))
+        if isinstance(y, Tensor) and isinstance(output, Tensor) and _labels(y, output):
+            return Score(value, n, int(output.argmax(1).eq(y).sum()), y.numel())
+        return Score(value, n, 0, 0)
+
+
+def _labels(y: Tensor, output: Tensor) -> bool:
+    """Whether these targets are class labels for this output."""
+    return not y.is_floating_point() and output.dim() == y.dim() + 1
 
 
 def _forward(trainer: Trainer, x: Batch) -> Any:
@@ -114,11 +118,3 @@ def _cut(test: tuple[Batch, Batch], piece: int) -> tuple[Batch, Batch]:
 
 def _length(x: Batch) -> int:
     return len(next(iter(x.values()))) if isinstance(x, dict) else len(x)
-
-
-def _dim(y: Batch) -> int:
-    return y.dim() if isinstance(y, Tensor) else 0
-
-
-def _numel(y: Batch) -> int:
-    return y.numel() if isinstance(y, Tensor) else 0

@@ -26,7 +26,7 @@ from lamina.cohort import draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, tag
 from lamina.engine.base import Engine, score_of, threads
-from lamina.errors import ConfigError, RunError, expect
+from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, whole_set_metrics
 from lamina.layers import Layer, layer_table
 from lamina.method import FedAvg, Method, Plan, Task
@@ -141,8 +141,7 @@ class Federation:
         expect(weights in ("examples", "uniform"), f"weights={weights!r}: expected 'examples' or 'uniform'")
         expect(buffers in BUFFERS, f"buffers={buffers!r}: expected one of {', '.join(BUFFERS)}", where="buffers")
         expect(aggregate == "mean", f"aggregate={aggregate!r}: expected 'mean'", where="aggregate")
-        whole = isinstance(seed, int) and not isinstance(seed, bool)
-        expect(whole, f"seed={seed!r}: expected a whole number", where="seed")
+        expect(is_whole(seed, 0), f"seed={seed!r}: expected a whole number >= 0", where="seed")
         self.data = data
         self.local = local or LocalSGD()
         self.weights = weights
@@ -162,7 +161,7 @@ class Federation:
         parts = method or FedAvg()
         task = Task(
             self.layers, clients, self.cohort, weights, seed, parts.hold, self.local.lr, self.local.momentum,
-            self.local.weight_decay, self.local.clip,
+            self.local.weight_decay, self.local.clip, buffers if self._trainer.buffers else "",
         )  # fmt: skip
         self.method = parts.bind(task)
         moments = diagnostics or self.method.needs_moments
@@ -253,7 +252,7 @@ class Federation:
             mean, server = self.method.step(state.server, truth, mean)
             params = state.params | add(mean["update"], state.params)
             buffers = state.buffers | mean.get("buffers", {})
-            observed, layers = self._observe(state, plan, seen, params, server, books)
+            observed, layers = self._observe(state, plan, seen, params, books)
         new = State(
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
             state.bytes_down + books.down.total(), observed,
@@ -361,13 +360,12 @@ class Federation:
         return isinstance(self.uplink, wire.Dense)
 
     def _observe(
-        self, state: State, plan: Plan, mean: Message, params: Params, server: Any, books: _Books
+        self, state: State, plan: Plan, mean: Message, params: Params, books: _Books
     ) -> tuple[Observed, dict[str, LayerRecord]]:
         steps = float(mean["steps"]["steps"])
         old = state.observed
         elapsed = {name: old.elapsed.get(name, 0.0) + steps for name in params}
-        columns = self.method.observe(server)
-        intervals = columns.get("interval", {})
+        intervals = self.method.observe(state.server).get("interval", {})  # those in force in this round
         reference = params if plan.round == _REFERENCE_ROUND else old.reference
         base = squared_norms(reference) if reference else {}
         rows = {}
@@ -459,9 +457,12 @@ def run(
     fed: Federation, state: State | None, rounds: int, *, evaluate_every: int = 1
 ) -> Iterator[tuple[State, RoundRecord]]:
     """The rounds of a federation, one at a time: (state after the round, its record)."""
-    expect(isinstance(rounds, int) and rounds >= 1, f"rounds={rounds}: expected a whole number >= 1", where="rounds")
-    whole = isinstance(evaluate_every, int) and evaluate_every >= 1
-    expect(whole, f"evaluate_every={evaluate_every}: expected a whole number >= 1", where="evaluate_every")
+    expect(is_whole(rounds, 1), f"rounds={rounds}: expected a whole number >= 1", where="rounds")
+    expect(
+        is_whole(evaluate_every, 1),
+        f"evaluate_every={evaluate_every}: expected a whole number >= 1",
+        where="evaluate_every",
+    )
     planned = fed.method.rounds
     horizon = rounds + (state.round if state else 0)
     if planned is not None and planned != horizon:
@@ -494,7 +495,7 @@ def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> di
 
 
 def _cohort(cohort: int | str, clients: int) -> int:
-    if not isinstance(cohort, int) or isinstance(cohort, bool) or not 1 <= cohort <= clients:
+    if isinstance(cohort, str) or not is_whole(cohort, 1) or cohort > clients:
         raise ConfigError(
             f"cohort={cohort!r}: expected 'all' or a whole number from 1 to {clients}, the number of clients",
             code="E112",

@@ -39,6 +39,7 @@ class Task(NamedTuple):
     momentum: float
     weight_decay: float
     clip: float | None
+    buffers: str = ""  # policy for the model's buffers; "" when it has none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,7 @@ class Method(Generic[S, C]):
     rounds: int | None = None  # horizon of its own schedule: a run of another length warns
     withholds: str | None = None  # why it keeps layers from being uploaded: "waiting" | "recycled" | "personal"
     neutral: bool = True  # its neutral setting is bit-identical to FedAvg
+    alone: bool = False  # combining it with others is meaningless
     optimises: bool = False  # its `step` replaces the mean update: nothing after it can measure the mean
     task: Task  # set by bind
 
@@ -267,6 +269,9 @@ def _disjoint(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> dict
 
 
 def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
+    loner = next((m for m in methods if m.alone), None)
+    if loner is not None and len(methods) > 1:
+        raise ConfigError(f"{loner!r} cannot be combined: it shares nothing that another could act on", code="E115")
     reasons = {m.withholds for m in methods}
     if {"waiting", "recycled"} <= reasons:
         raise ConfigError(

@@ -10,7 +10,7 @@ from lamina.engine import processes
 from lamina.engine.base import Engine
 from lamina.engine.loop import LoopEngine
 from lamina.engine.processes import ProcessEngine
-from lamina.errors import ConfigError, expect
+from lamina.errors import ConfigError, expect, is_whole
 
 ENGINES = ("auto", "loop", "processes", "threads")
 
@@ -40,8 +40,7 @@ def choose(name: str, model_bytes: int, batch: int | None, cohort: int, workers:
         ConfigError: E103 for an unknown name, E118 for one this machine cannot run.
     """
     expect(name in ENGINES, f"engine={name!r}: expected one of {', '.join(ENGINES)}", code="E103", where="engine")
-    whole = workers is None or (isinstance(workers, int) and workers >= 1)
-    expect(whole, f"workers={workers}: expected a whole number >= 1", where="workers")
+    expect(workers is None or is_whole(workers, 1), f"workers={workers}: expected a whole number >= 1", where="workers")
     limit = min(workers or cores(), cohort)
     if name == "processes":
         if not processes.available():

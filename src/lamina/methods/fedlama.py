@@ -18,7 +18,8 @@ costs for the FEMNIST CNN, whose one dense kernel holds 97 % of the parameters a
 
 Differs from the released code: weights p_i are the federation's, not uniform; delta's denominator is over the
 scheduled layers alone (theirs adds norm and bias discrepancy, which relaxes more); `warmup` is a parameter (theirs: no
-adjustment before round index 6, i.e. warmup=6); the evaluated model is the aggregated one, not one client's.
+adjustment before round index 6, i.e. warmup=6); buffers follow the federation's policy (theirs never averages them);
+momentum starts afresh each round (theirs lives on); the evaluated model is the aggregated one, not one client's.
 With others: measures the mean, so it stands before a server optimiser; under a lossy uplink d is the discrepancy of
 what was received; under a mask dim_l counts kept entries; layers another method keeps personal take no part.
 Cost: one float64 per uploaded tensor (its squared norm); a client keeps its waiting layers for phi rounds.
@@ -30,7 +31,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
-from lamina.errors import expect
+from lamina.errors import expect, is_whole
 from lamina.layers import matrices
 from lamina.method import Method, Plan, Task, Work
 from lamina.tree import Message, Params, omit, select, squared_norm
@@ -58,12 +59,12 @@ def relaxed(discrepancy: Mapping[str, float], dims: Mapping[str, int]) -> list[s
     if not total > 0:
         return []
     chosen: list[str] = []
-    delta = lam = 0.0
+    delta, lam = 0.0, 0
     for name in sorted(discrepancy, key=discrepancy.__getitem__):
         delta += discrepancy[name] * dims[name]
         lam += dims[name]
         chosen.append(name)
-        if 1 - lam / size < delta / total:
+        if (size - lam) * total < delta * size:  # 1 - lambda < delta, without a division to round
             break
     return chosen
 
@@ -72,7 +73,8 @@ def relaxed(discrepancy: Mapping[str, float], dims: Mapping[str, int]) -> list[s
 class FedLAMA(Method[Server, Client]):
     """Args:
     phi: the long interval, in rounds, >= 1; 1 is FedAvg.
-    warmup: rounds of full synchronisation before intervals may change.
+    warmup: rounds of full synchronisation before intervals may change: they first do at the end of the cycle that
+        completes more than `warmup` rounds.
     """
 
     phi: int = 2
@@ -82,9 +84,8 @@ class FedLAMA(Method[Server, Client]):
     withholds = "waiting"
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.phi, int) and self.phi >= 1
-        expect(whole, f"phi={self.phi}: expected a whole number of rounds >= 1")
-        expect(isinstance(self.warmup, int) and self.warmup >= 0, f"warmup={self.warmup}: expected rounds >= 0")
+        expect(is_whole(self.phi, 1), f"phi={self.phi}: expected a whole number of rounds >= 1")
+        expect(is_whole(self.warmup, 0), f"warmup={self.warmup}: expected a whole number of rounds >= 0")
         object.__setattr__(self, "hold", self.phi)
 
     def bind(self, task: Task) -> Self:
@@ -129,7 +130,7 @@ class FedLAMA(Method[Server, Client]):
         return mean, Server(interval, discrepancy, elapsed)
 
     def observe(self, server: Server) -> Mapping[str, Mapping[str, float]]:
-        return {"interval": server.interval, "discrepancy": server.discrepancy}
+        return {"interval": server.interval}
 
     def _dim(self, name: str, plan: Plan) -> int:
         kept = plan.mask.get(name) if plan.mask else None

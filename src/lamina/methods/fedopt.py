@@ -94,7 +94,7 @@ class FedAdagrad(_Adaptive):
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, 0, float("inf"))
-        expect(self.eps > 0, f"eps={self.eps}: expected a number > 0")
+        expect(0 < self.eps < float("inf"), f"eps={self.eps}: expected a number > 0")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FedAdam(_Adaptive):
         _check("lr", self.lr, 0, float("inf"))
         _check("b1", self.b1, 0, 1)
         _check("b2", self.b2, 0, 1)
-        expect(self.eps > 0, f"eps={self.eps}: expected a number > 0")
+        expect(0 < self.eps < float("inf"), f"eps={self.eps}: expected a number > 0")
 
     def first(self, d: Tensor, m: Tensor) -> Tensor:
         return self.b1 * m + (1 - self.b1) * d

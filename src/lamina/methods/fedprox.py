@@ -5,7 +5,9 @@ Li et al., *Federated Optimization in Heterogeneous Networks*, MLSys 2020 (arXiv
     client, each step:   g <- g + mu * (w - w_global)          # gradient of mu/2 * ||w - w_global||^2
     server:              as FedAvg
 
-Differs from the released code in nothing but the local solver: theirs is an optimiser class, ours a corrected gradient.
+Differs from the released code, which is an optimiser class and also simulates stragglers (some clients run fewer
+epochs): ours is a corrected gradient, and every client runs the epochs it is asked for. Clients are drawn uniformly
+and averaged with the federation's weights.
 With others: the anchor is plan.params, the last aggregated value of every layer, also of one that waits.
 Cost: no bytes, no state.
 """

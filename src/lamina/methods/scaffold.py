@@ -72,7 +72,8 @@ class Scaffold(Method[Server, Client]):
     def report(self, client: Client, plan: Plan, work: Work, message: Message) -> tuple[Message, Client]:
         c = plan.shared["control"]
         travelled = work.steps.double() * plan.lr  # K * lr
-        since = {name: client.travelled.get(name, torch.zeros_like(travelled)) + travelled for name in work.params}
+        before = client.travelled if plan.round % self.task.hold else {}  # a new cycle starts from the global layers
+        since = {name: before.get(name, torch.zeros_like(travelled)) + travelled for name in work.params}
         fresh = {
             name: client.control[name] - c[name] + ((x - work.params[name]) / since[name]).to(x.dtype)  # line 12
             for name, x in plan.params.items()

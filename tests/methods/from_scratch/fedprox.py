@@ -1,0 +1,41 @@
+"""FedProx, Li et al. 2020, Algorithm 2 with gradient steps on h_k(w; w_t) = F_k(w) + mu/2 ||w - w_t||^2."""
+
+import copy
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from from_scratch.addresses import batches, cohort
+
+
+def fedprox(model, clients, *, mu, rounds, lr, momentum=0.0, weight_decay=0.0, clip=None, batch_size=32, epochs=1,
+            participants=None, weights="examples", seed=0):  # fmt: skip
+    server = copy.deepcopy(model.state_dict())
+    history = []
+    for t in range(rounds):
+        chosen = cohort(seed, t, len(clients), participants)
+        sizes = [len(clients[k][0]) if weights == "examples" else 1 for k in chosen]
+        locals_ = []
+        for k in chosen:
+            x, y = clients[k]
+            local = copy.deepcopy(model).train()
+            local.load_state_dict(server)
+            anchor = [w.detach().clone() for w in local.parameters()]
+            velocity = [torch.zeros_like(w) for w in local.parameters()]
+            for batch in batches(len(x), seed, t, k, batch_size, epochs):
+                local.zero_grad()
+                h = cross_entropy(local(x[batch]), y[batch])
+                for w, w_t in zip(local.parameters(), anchor, strict=True):
+                    h = h + mu / 2 * ((w - w_t) ** 2).sum()
+                h.backward()
+                with torch.no_grad():
+                    norm = sum((w.grad**2).sum() for w in local.parameters()).sqrt()
+                    for w, v in zip(local.parameters(), velocity, strict=True):
+                        g = w.grad * (clip / norm) if clip and norm > clip else w.grad
+                        v.copy_(momentum * v + g + weight_decay * w)
+                        w -= lr * v
+            locals_.append(local.state_dict())
+        for name in server:
+            server[name] = sum(n / sum(sizes) * local[name] for n, local in zip(sizes, locals_, strict=True))
+        history.append(dict(server))
+    return history
