@@ -491,7 +491,7 @@ def test_phi_must_be_a_whole_number(phi):
 def test_warmup_must_be_a_whole_number(warmup):
     with pytest.raises(lamina.ConfigError) as refused:
         lamina.FedLAMA(warmup=warmup)
-    assert refused.value.message == f"warmup={warmup}: expected rounds >= 0"
+    assert refused.value.message == f"warmup={warmup}: expected a whole number of rounds >= 0"
 
 
 def test_a_model_without_weight_matrices_is_refused():
