@@ -1,6 +1,6 @@
 """A checkpoint is a State in a folder: safetensors for tensors, JSON for the rest, there whole or not at all.
 
-    checkpoints/round-000012/{model,server,clients}.safetensors  state.json
+    checkpoints/round-000012/{model,server,clients}.safetensors  state.json  MANIFEST.json
 
 Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept. No pickle.
 """
@@ -26,6 +26,8 @@ from lamina.tree import flatten, skeleton, unflatten
 
 _VERSION = 1
 _KEEP = 2
+_MANIFEST = "MANIFEST.json"
+_NAMES = {"model.safetensors", "server.safetensors", "clients.safetensors", "state.json"}
 
 
 def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -> Path:
@@ -43,9 +45,10 @@ def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        hashes = {name: _write(temporary / name, blob) for name, blob in _files(state).items()}
-        document = _document(state) | {"files": hashes, "extra": dict(extra or {})}
-        _write(temporary / "state.json", json.dumps(document).encode())
+        files = _files(state)
+        files["state.json"] = json.dumps(_document(state) | {"extra": dict(extra or {})}).encode()
+        hashes = {name: _write(temporary / name, blob) for name, blob in files.items()}
+        _write(temporary / _MANIFEST, json.dumps({"version": _VERSION, "sha256": hashes}).encode())
         _sync(temporary)
         shutil.rmtree(final, ignore_errors=True)  # a round that is committed again after going back to before it
         temporary.rename(final)
@@ -58,14 +61,15 @@ def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -
             where=str(folder),
             remedy="free some space; earlier checkpoints are intact, so `lamina resume` goes on from the last one",
         ) from error
-    for old in committed(folder)[:-_KEEP]:
+    others = [path for path in committed(folder) if path != final]
+    for old in others[: 1 - _KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def committed(folder: Path) -> list[Path]:
     """The checkpoints under `folder`, oldest first."""
-    return sorted(path for path in folder.glob("round-*") if (path / "state.json").is_file())
+    return sorted(path for path in folder.glob("round-*") if (path / _MANIFEST).is_file())
 
 
 def latest(folder: Path) -> Path | None:
@@ -75,9 +79,9 @@ def latest(folder: Path) -> Path | None:
 
 def intact(path: Path) -> bool:
     try:
-        document = json.loads((path / "state.json").read_bytes())
-        return all(_sha256((path / name).read_bytes()) == digest for name, digest in document["files"].items())
-    except (OSError, ValueError, KeyError, AttributeError):
+        hashes = json.loads((path / _MANIFEST).read_bytes())["sha256"]
+        return set(hashes) == _NAMES and all(_sha256((path / name).read_bytes()) == hashes[name] for name in _NAMES)
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
@@ -98,28 +102,34 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         )
     try:
         model = _load(path / "model.safetensors")
-        params, buffers = _part(model, "params"), _part(model, "buffers")
+        params, buffers = (
+            _like(fed.initial.params, _part(model, "params")),
+            _like(fed.initial.buffers, _part(model, "buffers")),
+        )
         like = fed.method.init(fed.initial.params)
         server = unflatten(
             like, document["server"], _part(_load(path / "server.safetensors"), "server") | document["numbers"]
         )
-        observed = Observed(_part(model, "reference"), document["elapsed"])
+        observed = Observed(_like(fed.initial.params, _part(model, "reference")), document["elapsed"])
         clients = _clients(document, _load(path / "clients.safetensors"), fed)
     except (KeyError, ValueError, TypeError, SafetensorError) as error:
         raise StorageError(f"{path.name} is of another kind of run: {error!r}", code="E405", where=str(path)) from error
-    mine = {name: tuple(x.shape) for name, x in fed.initial.params.items()}
-    theirs = {name: tuple(x.shape) for name, x in params.items()}
+    mine = _form(fed.initial.params | fed.initial.buffers)
+    theirs = _form(params | buffers)
     if mine != theirs:
         odd = next(n for n in {**mine, **theirs} if mine.get(n) != theirs.get(n))
-        raise StorageError(
-            f"{path.name} is of another model: {odd} is {theirs.get(odd)}, here {mine.get(odd)}",
-            code="E405",
-            where=str(path),
+        message = (
+            f"{path.name} is of another model: {odd} is {theirs.get(odd, 'absent')}, here {mine.get(odd, 'absent')}"
         )
+        raise StorageError(message, code="E405", where=str(path))
     state = State(
         params, buffers, server, clients, document["round"], document["bytes_up"], document["bytes_down"], observed
     )
     return state, document["extra"]
+
+
+def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(x.shape)} {x.dtype}" for name, x in tensors.items()}
 
 
 def _files(state: State) -> dict[str, bytes]:
@@ -131,9 +141,20 @@ def _files(state: State) -> dict[str, bytes]:
         row = state.clients.get(c).row
         clients |= {f"{c}/{n}": x for n, x in flatten(row).items()}
     return {
-        f"{name}.safetensors": save({n: x.detach().contiguous() for n, x in tensors.items()})
+        f"{name}.safetensors": save(_apart(tensors))
         for name, tensors in (("model", model), ("server", server), ("clients", clients))
     }
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same in memory of their own: safetensors refuses values that share some, as states may."""
+    seen: set[int] = set()
+    apart = {}
+    for name, x in tensors.items():
+        place = x.untyped_storage().data_ptr()
+        apart[name] = x.detach().contiguous() if place not in seen else x.detach().contiguous().clone()
+        seen.add(place)
+    return apart
 
 
 def _document(state: State) -> dict[str, Any]:
@@ -171,6 +192,11 @@ def _clients(document: Mapping[str, Any], tensors: Mapping[str, Tensor], fed: Fe
         row = unflatten(like, shape, leaves.get(c, {}))
         rows[int(c)] = Stored(row, document["held"][place], accepted)
     return ClientStore(rows)
+
+
+def _like(model: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In the model's order; safetensors keeps its own."""
+    return {name: tensors[name] for name in (*model, *tensors) if name in tensors}
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:

@@ -63,12 +63,16 @@ class LocalSGD:
             fine = is_whole(value, 1) or (value is None and name != "epochs")
             expect(fine, f"{name}={value}: expected a whole number >= 1", where=f"local.{name}")
         expect(self.clip is None or self.clip > 0, f"clip={self.clip}: expected a number > 0", where="local.clip")
+        known = isinstance(self.schedule, str) or callable(self.schedule)
+        expect(known, f"schedule={self.schedule!r}: expected e.g. 'exp:0.998', or a function", where="local.schedule")
         self.rate(0, 1)
 
     def rate(self, round: int, rounds: int) -> float:
         """Learning rate of this round in a run of so many rounds."""
         factor = schedule.parse(self.schedule) if isinstance(self.schedule, str) else self.schedule
-        return self.lr * factor(round, rounds)
+        lr = self.lr * factor(round, rounds)
+        expect(0 <= lr < math.inf, f"the schedule gives lr={lr} in round {round}", code="E103", where="local.schedule")
+        return lr
 
     def count(self, examples: int) -> int:
         """Local steps of a client with so many examples."""
@@ -138,15 +142,25 @@ class Trainer:
             for tensor in model.parameters():
                 tensor.data = _nhwc(tensor.data)
         self.params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        kept = set(model.state_dict(keep_vars=True))
-        self.buffers = {name: b for name, b in model.named_buffers() if name in kept}
-        self._unsaved = [(b, b.clone()) for name, b in model.named_buffers() if name not in kept]
         self.weights: list[Tensor] = list(self.params.values())
+        # Where each buffer lives, not the tensor: a forward pass may put another one in its place.
+        modules = dict(model.named_modules())
+        places = {name: name.rpartition(".") for name, _ in model.named_buffers()}
+        self._places = {name: (modules[owner]._buffers, leaf) for name, (owner, _, leaf) in places.items()}
+        kept = set(model.state_dict(keep_vars=True))
+        self._unsaved = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
         self._held: Plan | None = None
 
+    @property
+    def buffers(self) -> Params:
+        """The model's buffers as they are now, those of its state_dict."""
+        return {name: x for name in self._places if name not in self._unsaved and (x := self._buffer(name)) is not None}
+
     def hold(self, plan: Plan) -> None:
-        """Load the plan's model, unless it is loaded already."""
-        if self._held is not plan:
+        """Load the plan's model; its parameters only when they are not loaded already."""
+        if self._held is plan:
+            self._load_buffers(plan.buffers)
+        else:
             self.load(plan.params, plan.buffers)
             self._held = plan
 
@@ -155,10 +169,18 @@ class Trainer:
         with torch.no_grad():
             for name, p in self.params.items():
                 p.copy_(params[name])
-            for name, b in self.buffers.items():
-                b.copy_(buffers[name])
-            for buffer, initial in self._unsaved:  # e.g. caches a forward pass writes: never carried between clients
-                buffer.copy_(initial)
+        self._load_buffers(buffers)
+
+    def _load_buffers(self, buffers: Mapping[str, Tensor]) -> None:
+        """Also those that are in no state_dict, such as caches a forward pass writes: nothing leaks between clients."""
+        for name, value in {**self._unsaved, **buffers}.items():
+            place, leaf = self._places[name]
+            place[leaf] = value.clone()
+
+    def _buffer(self, name: str) -> Tensor | None:
+        place, leaf = self._places[name]
+        found: Tensor | None = place[leaf]
+        return found
 
     def batch(self, indices: Tensor, augment: torch.Generator | None) -> tuple[Batch, Batch]:
         x, y = self.data.examples(indices)
@@ -193,8 +215,8 @@ class Trainer:
                 with torch.no_grad():
                     g = list(raw)
                     if correct is not None:
-                        named = dict(zip(self.params, g, strict=True))
-                        g = list(correct(torch.tensor(k), self.detached(), named).values())
+                        corrected = correct(torch.tensor(k), self.detached(), dict(zip(self.params, g, strict=True)))
+                        g = [corrected[name] for name in self.params]
                     if local.clip is not None:
                         g = _clipped(g, local.clip)
                     if local.weight_decay:
@@ -253,7 +275,8 @@ def client_round(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: R
     received, sizes = transmit_message(message, setup, plan, client, loss)
     state = method.settle(state, message, received)
     kept = work.buffers if setup.buffers == "keep" else {}
-    return Reply(client, received, Row(state, kept), sizes, loss, int(work.steps), _non_finite(received))
+    row = Row(state, kept)
+    return Reply(client, received, row, sizes, loss, int(work.steps), _non_finite(received, row))
 
 
 def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Reply:
@@ -268,47 +291,68 @@ def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Rep
     raw, loss = trainer.gradient(x, y)
     grads = {name: g.contiguous() for name, g in zip(trainer.params, raw, strict=True)}
     message = setup.method.probe(plan.params, grads)
-    sizes = {tree: DENSE.transmit(x, wire.Context(wire.schema_of(x)))[1] for tree, x in message.items()}
-    sizes[""] = wire.Size({}, frame.overhead("message", {"loss": 0.0}, {t: s.total for t, s in sizes.items()}))
-    return Reply(client, message, None, sizes, float(loss), 0, _non_finite(message))
+    post = _Post(plan, client, setup.through_bytes)
+    for tree, content in message.items():
+        post.send(tree, DENSE, content, wire.Context(wire.schema_of(content)))
+    received, _ = post.delivered({"loss": float(loss)})
+    return Reply(client, received, None, post.sizes, float(loss), 0, _non_finite(received, None))
 
 
 DENSE = wire.Dense()
+
+
+class _Post:
+    """One message on its way up, tree by tree, and what it weighs."""
+
+    def __init__(self, plan: Plan, client: int, through_bytes: bool):
+        self.sizes: dict[str, wire.Size] = {}
+        self._plan = plan
+        self._client = client
+        self._really = through_bytes
+        self._received: Message = {}
+        self._blobs: dict[str, bytes] = {}
+        self._coding: dict[str, tuple[wire.Codec, wire.Context]] = {}
+
+    def send(self, tree: str, codec: wire.Codec, content: Params, context: wire.Context) -> Params:
+        """What the server will decode of this tree."""
+        if self._really:
+            self._coding[tree] = codec, context
+            self._blobs[tree] = codec.encode(content, context)
+            self.sizes[tree] = wire.layout(self._blobs[tree], context)
+            self._received[tree] = codec.decode(self._blobs[tree], context)
+        else:
+            self._received[tree], self.sizes[tree] = codec.transmit(content, context)
+        return self._received[tree]
+
+    def delivered(self, scalars: dict[str, float]) -> tuple[Message, dict[str, float]]:
+        """The whole message as it arrives, in its frame; the frame's own bytes are the size ""."""
+        lengths = {tree: size.total for tree, size in self.sizes.items()}
+        self.sizes[""] = wire.Size({}, frame.overhead("message", scalars, lengths))
+        if not self._really:
+            return self._received, scalars
+        blob = frame.pack(frame.Frame("message", self._plan.round, self._client, scalars, self._blobs))
+        arrived = frame.unpack(blob)
+        trees = {t: codec.decode(arrived.sections[t], context) for t, (codec, context) in self._coding.items()}
+        return trees, arrived.scalars
 
 
 def transmit_message(
     message: Message, setup: Setup, plan: Plan, client: int, loss: float
 ) -> tuple[Message, dict[str, wire.Size]]:
     """What the server will decode, and the exact bytes of every tree. The uplink codes "update"; the rest is raw."""
-    received: Message = {}
-    sizes: dict[str, wire.Size] = {}
-    blobs: dict[str, bytes] = {}
+    post = _Post(plan, client, setup.through_bytes)
     for tree, content in message.items():
-        if tree == "steps":
-            continue
-        codec = setup.uplink if tree == "update" else DENSE
-        full = plan.params if tree == "update" else content
-        mask = plan.mask if tree == "update" else None
-        context = wire.Context(wire.schema_of(full), mask, None, setup.seed, f"uplink/{tree}", plan.round, client)
-        received[tree], sizes[tree], blobs[tree] = _send(codec, content, context, setup.through_bytes)
+        if tree == "update":
+            schema = wire.schema_of(plan.params)
+            context = wire.Context(schema, plan.mask, None, setup.seed, "uplink", plan.round, client)
+            update = post.send(tree, setup.uplink, content, context)
+        elif tree != "steps":
+            post.send(tree, DENSE, content, wire.Context(wire.schema_of(content)))
     if setup.moments:
-        moments = {n: torch.tensor(v, dtype=torch.float64) for n, v in squared_norms(received["update"]).items()}
-        context = wire.Context(wire.schema_of(moments))
-        received["moments"], sizes["moments"], blobs["moments"] = _send(DENSE, moments, context, setup.through_bytes)
-    received["steps"] = message["steps"]
-    scalars = {"steps": float(message["steps"]["steps"]), "loss": loss}
-    if setup.through_bytes:
-        blob = frame.pack(frame.Frame("message", plan.round, client, scalars, blobs))
-        received["steps"] = {"steps": torch.tensor(frame.unpack(blob).scalars["steps"], dtype=torch.float64)}
-    sizes[""] = wire.Size({}, frame.overhead("message", scalars, {t: s.total for t, s in sizes.items()}))
-    return received, sizes
-
-
-def _send(codec: wire.Codec, tree: Params, context: wire.Context, really: bool) -> tuple[Params, wire.Size, bytes]:
-    if not really:
-        return *codec.transmit(tree, context), b""
-    blob = codec.encode(tree, context)
-    return codec.decode(blob, context), wire.layout(blob, context), blob
+        moments = {name: torch.tensor(v, dtype=torch.float64) for name, v in squared_norms(update).items()}
+        post.send("moments", DENSE, moments, wire.Context(wire.schema_of(moments)))
+    received, scalars = post.delivered({"steps": float(message["steps"]["steps"]), "loss": loss})
+    return received | {"steps": {"steps": torch.tensor(scalars["steps"], dtype=torch.float64)}}, post.sizes
 
 
 def _through_bytes(row: Row) -> Row:
@@ -318,14 +362,19 @@ def _through_bytes(row: Row) -> Row:
     return again
 
 
-def _non_finite(message: Message) -> str | None:
+def _non_finite(message: Message, row: Row | None) -> str | None:
+    """The first tensor with a NaN or an infinity, in what the server decoded or in what the client would keep."""
     for tree, content in message.items():
         if tree in ("steps", "moments"):
             continue
         for name, x in content.items():
-            if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+            if not _finite(x):
                 return name if tree == "update" else f"{tree}/{name}"
-    return None
+    return next((f"state/{name}" for name, x in flatten(row).items() if not _finite(x)), None)
+
+
+def _finite(x: Tensor) -> bool:
+    return not x.is_floating_point() or bool(torch.isfinite(x).all())
 
 
 def _clipped(grads: list[Tensor], limit: float) -> list[Tensor]:

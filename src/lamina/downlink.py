@@ -66,7 +66,12 @@ class Broadcast:
         blobs = {t: self._coder(t).encode(content, self._context(t)) for t, content in parts.items()}
         sections = blobs | {"upload": self._upload()}
         blob = frame.pack(frame.Frame("plan", self._server.round, 0, self._scalars(accepted), sections))
-        arrived = frame.unpack(blob).sections
+        delivered = frame.unpack(blob)
+        arrived = delivered.sections
+        asked = np.unpackbits(np.frombuffer(arrived["upload"], np.uint8), count=len(self._schema), bitorder="little")
+        upload = {name for name, bit in zip(self._schema, asked, strict=True) if bit}
+        if upload != self._server.upload or delivered.scalars != self._scalars(accepted):
+            raise RunError(f"round {self._server.round}: the plan's head changed on the wire", code="E343")
         sizes = {}
         for tree in parts:
             decoded = self._coder(tree).decode(arrived[tree], self._context(tree))

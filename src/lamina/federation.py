@@ -20,7 +20,7 @@ from torch import nn
 
 from lamina import engine as engines
 from lamina import wire
-from lamina.aggregate import Mean
+from lamina.aggregate import Mean, total
 from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addressed_rng
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
@@ -135,7 +135,11 @@ class Federation:
         diagnostics: bool = True,
         through_bytes: bool = False,
     ):
-        expect(isinstance(data, ClientData), f"data: expected a ClientData, got {type(data).__name__}", where="data")
+        _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
+        _expect_a("method", method, Method, "lamina.FedAvg()")
+        _expect_a("local", local, LocalSGD, "lamina.LocalSGD(lr=0.1)")
+        coder = uplink is None or (not isinstance(uplink, type) and hasattr(uplink, "transmit"))
+        expect(coder, f"uplink={uplink!r}: expected a codec, e.g. lamina.wire.Dense('int8')", where="uplink")
         clients = len(data)
         self.cohort = clients if cohort == "all" else _cohort(cohort, clients)
         expect(weights in ("examples", "uniform"), f"weights={weights!r}: expected 'examples' or 'uniform'")
@@ -219,8 +223,14 @@ class Federation:
         if self.method.has("probe"):
             everyone = tuple(range(len(self.data)))
             plan = self._plan(params, buffers, 0, 1, len(everyone))
-            mean, store = self._collect("probe", engine, Broadcast(plan, self.downlink, self._schema, False), everyone,
-                                        ClientStore(), books)  # fmt: skip
+            mean, store = self._collect("probe", engine, self._broadcast(plan), everyone, store, books)
+            if not mean:
+                raise RunError(
+                    f"every client's probe was refused; the first, of client {books.events[0]['client']!r}, has "
+                    f"non-finite values in {books.events[0]['layer']}",
+                    code="E310",
+                    remedy="the loss or its gradient is not finite at the initial model: check the data and the loss",
+                )
         params, server = self.method.setup(server, params, mean)
         if mean:  # who has answered the probe holds the initial model, from which a mask makes the new one
             tags = {f"params/{name}": tag(x) for name, x in params.items()}
@@ -236,7 +246,7 @@ class Federation:
         with threads(1 if engine.name != "threads" else engines.cores()):
             cohort = draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
             plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, horizon, len(cohort)))
-            broadcast = Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes)
+            broadcast = self._broadcast(plan)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             mean, store = self._collect("round", engine, broadcast, order, state.clients, books)
             if not books.accepted:
@@ -271,7 +281,7 @@ class Federation:
             layers=layers,
             traffic=tuple(books.traffic()),
             clients=tuple(clients),
-            train_loss=sum(c.loss for c in accepted) / len(accepted),
+            train_loss=total(c.loss for c in accepted) / len(accepted),
             lr=plan.lr,
             accuracy=result.accuracy,
             loss=result.loss,
@@ -301,12 +311,12 @@ class Federation:
                     metrics = whole_set_metrics(self._trainer, self._setup, plan, self.metrics)
         tests = self.data.client_tests
         if tests is not None or (self.method.withholds == "personal" and score is not None):
-            plan = self.method.plan(state.server, plan)
+            plan = self._broadcast(self.method.plan(state.server, plan)).plan  # as clients would decode it
             having = [c for c, name in enumerate(self.data.names) if tests is None or name in tests]
             rows = {c: row for c in having if (row := state.clients.get(c).row) is not None}
             scores = [score_of(reply).accuracy for reply in engine.replies("personal", plan, having, rows)]
             known = [accuracy for accuracy in scores if accuracy is not None]
-            personal = sum(known) / len(known) if known else None
+            personal = total(known) / len(known) if known else None
         if score is None:
             return Evaluation(None, None, metrics, personal)
         return Evaluation(score.accuracy, score.loss / score.examples, metrics, personal)
@@ -322,17 +332,20 @@ class Federation:
             participation=cohort / len(self.data),
         )
 
+    def _broadcast(self, plan: Plan) -> Broadcast:
+        return Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes)
+
     def _collect(
         self, kind: Literal["round", "probe"], engine: Engine, broadcast: Broadcast, order: Sequence[int],
         store: ClientStore, books: _Books,
     ) -> tuple[Message, ClientStore]:  # fmt: skip
         """Sends the plan, takes the replies in order, and sums what is accepted."""
         parts = {c: float(self._sizes[c]) if self.weights == "examples" else 1.0 for c in order}
-        total = sum(parts.values())
-        shares = {c: parts[c] / total for c in order}
+        whole = total(parts.values())
+        shares = {c: parts[c] / whole for c in order}
         even = 1.0 / len(order)
-        mean = Mean(sum(shares.values()))
-        uniform = Mean(sum(even for _ in order))
+        mean = Mean(total(shares.values()))
+        uniform = Mean(total(even for _ in order))
         stored = {c: store.get(c) for c in order}
         rows = {c: s.row for c, s in stored.items() if s.row is not None}
         changed: dict[int, Stored] = {}
@@ -350,6 +363,7 @@ class Federation:
                     uniform.add(tree, content, even)
                 else:
                     mean.add(tree, content, shares[c])
+            books.share += shares[c]
             if not self.uplink_is_dense:
                 books.count(reply.message.get("update", {}), shares[c])
             changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
@@ -375,7 +389,7 @@ class Federation:
             numel = params[name].numel() if kept is None else int(kept.sum())
             numbers: dict[str, float | None] = {}
             if u is not None:
-                density = books.kept[name] / numel if not self.uplink_is_dense and numel else 1.0
+                density = 1.0 if self.uplink_is_dense or not numel else books.kept[name] / books.share / numel
                 norm2 = squared_norm(u)
                 numbers = {"update_norm": norm2**0.5, "density": density * numel / max(1, params[name].numel())}
                 if "moments" in mean:
@@ -417,6 +431,7 @@ class _Books:
         self.clients: list[ClientRecord] = []
         self.events: list[dict[str, str]] = []
         self.accepted = 0
+        self.share = 0.0  # of the accepted messages, by weight
         self.kept: dict[str, float] = defaultdict(float)  # weighted mean number of entries that travelled, by layer
 
     def sent(self, phase: str, direction: str, sizes: Mapping[str, wire.Size]) -> int:
@@ -492,6 +507,12 @@ def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> di
         "alignment": norm2 / second if second > 0 else None,
         "discrepancy": spread / (steps * numel) if steps * numel else None,
     }
+
+
+def _expect_a(name: str, value: object, kind: type, example: str) -> None:
+    fine = value is None or isinstance(value, kind)
+    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+    expect(fine, f"{name}: expected a {kind.__name__}, got {got}", where=name, remedy=f"for example {example}")
 
 
 def _cohort(cohort: int | str, clients: int) -> int:

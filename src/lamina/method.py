@@ -63,11 +63,13 @@ class Plan:
         return replace(self, upload=self.upload & frozenset(names))
 
     def share(self, **trees: Params) -> Plan:
-        """Further trees for the clients. Raises ConfigError when two methods use one name."""
+        """Further trees for the clients. Raises ConfigError (E116) for a name that is taken."""
+        _refuse_reserved(trees, ("params", "buffers", "mask", "upload"))
         return replace(self, shared=_disjoint(self.shared, trees, "shared tree"))
 
     def set(self, **numbers: float) -> Plan:
-        """Further numbers for the clients. Raises ConfigError when two methods use one name."""
+        """Further numbers for the clients. Raises ConfigError (E116) for a name that is taken."""
+        _refuse_reserved(numbers, ("lr", "participation", "accepted"))
         return replace(self, config=_disjoint(self.config, numbers, "plan number"))
 
 
@@ -268,6 +270,11 @@ def _disjoint(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> dict
     return {**old, **new}
 
 
+def _refuse_reserved(names: Iterable[str], reserved: Sequence[str]) -> None:
+    for name in names:
+        expect(name not in reserved, f"{name!r} is a part of every plan: choose another name", code="E116")
+
+
 def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
     loner = next((m for m in methods if m.alone), None)
     if loner is not None and len(methods) > 1:
@@ -279,6 +286,9 @@ def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
             code="E115",
             remedy="choose one of the two: a layer that waits keeps training locally, a recycled one replays",
         )
+    schedulers = [m for m in methods if m.withholds == "waiting"]
+    if len(schedulers) > 1:
+        raise ConfigError(f"{schedulers[0]!r} and {schedulers[1]!r} both decide which layers wait", code="E115")
     for tree in ("control",):
         writers = [m for m in methods if tree in m.sends]
         if len(writers) > 1:

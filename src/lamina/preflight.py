@@ -53,14 +53,17 @@ def _fails(
     trace = _Trace(trainer.model)
     try:
         with addressed_rng(seed, "trial"):
-            value = loss(trainer.forward(x), y)
+            output = trainer.forward(x)
+            trace.inside = "loss"
+            value = loss(output, y)
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 return ConfigError(f"loss: expected a scalar tensor, got {shape}", code="E121", where="loss")
+            trace.inside = "gradient of the loss"
             torch.autograd.grad(value, trainer.weights, materialize_grads=True)
     except Exception as error:
-        where = trace.inside or "loss"
-        given = f" received {trace.received}," if trace.inside else ""
+        where = trace.inside
+        given = "" if "loss" in where else f" received {trace.received},"
         return ConfigError(
             f"the model fails on a batch of the data (x {_shape(x)}, y {_shape(y)}): {where}{given} "
             f"{type(error).__name__}: {error}",

@@ -33,7 +33,9 @@ def _factor(word: str) -> Schedule:
             case "exp", [rate] if 0 < float(rate) <= 1:
                 base = float(rate)
                 return lambda t, n: base**t
-            case "step", [rounds, factor] if float(factor) > 0:
+            case "step", [rounds, factor] if 0 < float(factor) < math.inf and all(
+                int(r) > 0 for r in rounds.split(",")
+            ):
                 marks, gamma = [int(r) for r in rounds.split(",")], float(factor)
                 return lambda t, n: gamma ** sum(t >= mark for mark in marks)
             case "cosine", []:

@@ -118,7 +118,10 @@ def skeleton(value: Any) -> Any:
 
 
 def unflatten(like: Any, shape: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
-    """Inverse of `flatten`: `shape` is its skeleton, `like` a value of the same classes (it names the NamedTuples)."""
+    """Inverse of `flatten`: `shape` is its skeleton, `like` a value of the same classes (it names the NamedTuples).
+
+    Raises ValueError for a state of other fields.
+    """
 
     def below(key: str) -> str:
         return f"{path}/{key}" if path else key
@@ -131,6 +134,9 @@ def unflatten(like: Any, shape: Any, leaves: Mapping[str, Any], path: str = "") 
         source = like if isinstance(like, dict) else {}
         return {k: unflatten(source.get(k), s, leaves, below(k)) for k, s in shape["dict"].items()}
     fields = shape.get("fields") or [str(i) for i in range(len(shape["tuple"]))]
+    known = list(getattr(like, "_fields", fields))
+    if like is not None and known != fields:
+        raise ValueError(f"{path or 'state'}: fields {', '.join(fields)}, expected {', '.join(known)}")
     classes = tuple(like) if isinstance(like, tuple) else (None,) * len(fields)
     parts = [unflatten(x, s, leaves, below(f)) for x, s, f in zip(classes, shape["tuple"], fields, strict=True)]
     return type(like)(*parts) if hasattr(like, "_asdict") else tuple(parts)

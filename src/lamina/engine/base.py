@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol
@@ -9,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 from lamina.client import Reply, Setup, Trainer, client_probe, client_round
+from lamina.errors import LaminaError, RunError
 from lamina.evaluate import Score, score_personal, score_piece
 from lamina.method import Plan
 from lamina.store import Row
@@ -34,6 +36,26 @@ class Engine(Protocol):
 
 
 def work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
+    """One job. What goes wrong in the user's model, loss or method comes out as a RunError (E304) that says where."""
+    try:
+        return _work(kind, trainer, setup, plan, client, row)
+    except LaminaError:
+        raise
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        raise RunError(
+            f"{type(error).__name__}: {error}",
+            code="E304",
+            where=f"{subject(kind, setup, client)}, round {plan.round}, {line.filename}:{line.lineno}",
+        ) from error
+
+
+def subject(kind: Kind, setup: Setup, client: int) -> str:
+    """Whom a job is about, for messages."""
+    return "the test set" if kind == "test" else f"client {setup.data.names[client]!r}"
+
+
+def _work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
     if kind == "probe":
         return client_probe(trainer, setup, plan, client)
     if kind == "test":

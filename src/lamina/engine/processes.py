@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ from lamina import wire
 from lamina.client import Reply, Setup, Trainer
 from lamina.engine.allocator import keep_memory
 from lamina.engine.arena import Arena, Full, layout
-from lamina.engine.base import Kind, work
+from lamina.engine.base import Kind, subject, work
 from lamina.errors import LaminaError, RunError
 from lamina.method import Plan
 from lamina.store import Row
@@ -90,21 +91,33 @@ class _Pool:
         self._pids: list[int] = []
         gc.collect()
         gc.freeze()  # so that the collector does not touch, and thereby copy, the pages the workers share
-        for _ in range(workers):
-            ours, theirs = Pipe()
-            with warnings.catch_warnings():
-                # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one
-                # thread never wakes.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
-            if pid == 0:
-                for pipe in (*self._pipes, ours):
-                    pipe.close()
-                _Worker(theirs, trainer, setup, self._plans, self._replies, self._slot, self._like).run()
-            theirs.close()
-            self._pipes.append(ours)
-            self._pids.append(pid)
-        gc.unfreeze()
+        try:
+            for _ in range(workers):
+                self._fork(trainer)
+        except BaseException:  # also Ctrl-C: whoever was forked already must not be left behind
+            self.close()
+            raise
+        finally:
+            gc.unfreeze()
+
+    def _fork(self, trainer: Trainer) -> None:
+        ours, theirs = Pipe()
+        # The kernel tells a child that its parent died when the forking *thread* ends, so only the main one counts.
+        lasting = threading.current_thread() is threading.main_thread()
+        with warnings.catch_warnings():
+            # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one thread
+            # never wakes.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            for pipe in (*self._pipes, ours):
+                pipe.close()
+            if lasting:
+                _die_with_parent()
+            _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
+        theirs.close()
+        self._pipes.append(ours)
+        self._pids.append(pid)
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
         self._announce(kind, plan)
@@ -124,7 +137,7 @@ class _Pool:
                 answered = wait(list(busy))
                 for pipe in [p for p in busy if p in answered]:
                     index = busy.pop(pipe)
-                    ready[index] = self._receive(pipe, clients[index])
+                    ready[index] = self._receive(pipe, self._activity(kind, clients[index]))
                     idle.append(pipe)
             yield self._reply(clients[turn], ready.pop(turn), slots[turn])
             self._free.append(slots.pop(turn))
@@ -152,27 +165,30 @@ class _Pool:
         try:
             pipe.send_bytes(line)
         except (BrokenPipeError, ConnectionResetError):
-            raise self._died(pipe, None) from None
+            raise self._died(pipe, "") from None
 
-    def _receive(self, pipe: Connection, client: int) -> dict[str, Any]:
+    def _activity(self, kind: Kind, client: int) -> str:
+        doing = "training" if kind in ("round", "probe") else "being evaluated"
+        return f" while {subject(kind, self._setup, client)} was {doing}"
+
+    def _receive(self, pipe: Connection, activity: str) -> dict[str, Any]:
         try:
             answer: dict[str, Any] = json.loads(pipe.recv_bytes())
         except (EOFError, ConnectionResetError):
-            raise self._died(pipe, client) from None
+            raise self._died(pipe, activity) from None
         if "full" in answer:
             raise Full(answer["full"])
         if "error" in answer:
             raise RunError(answer["error"], code=answer["code"], where=answer["where"], remedy=answer["remedy"])
         return answer
 
-    def _died(self, pipe: Connection, client: int | None) -> RunError:
+    def _died(self, pipe: Connection, activity: str) -> RunError:
         pid = self._pids[self._pipes.index(pipe)]
         _, status = os.waitpid(pid, 0)
         self._pids[self._pipes.index(pipe)] = 0
         how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
-        whom = "" if client is None else f" while client {self._setup.data.names[client]!r} was training"
         return RunError(
-            f"a worker process ended with {how}{whom}",
+            f"a worker process ended with {how}{activity}",
             code="E303",
             remedy="signal 9 is often the kernel running out of memory: fewer workers or a smaller batch_size",
         )
@@ -191,7 +207,7 @@ class _Pool:
         for pid in self._pids:
             if pid:
                 try:
-                    os.kill(pid, signal.SIGTERM)  # in case it is in the middle of a long step
+                    os.kill(pid, signal.SIGKILL)  # it may be in the middle of a long step, and has nothing to save
                     os.waitpid(pid, 0)
                 except (ProcessLookupError, ChildProcessError):
                     pass  # already gone, or reaped by the embedding program
@@ -214,7 +230,6 @@ class _Worker:
     def run(self) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        _die_with_parent()
         torch.set_num_threads(1)
         keep_memory()
         try:
@@ -237,14 +252,9 @@ class _Worker:
             try:
                 answer = self._work(kind, plan, job)
             except Full as full:
-                answer = {"full": full.needed}
+                answer = {"full": job["used"] + full.needed}
             except LaminaError as error:
                 answer = {"error": error.message, "code": error.code, "where": error.where, "remedy": error.remedy}
-            except Exception as error:
-                who = f"client {self._setup.data.names[job['client']]!r}"
-                line = traceback.extract_tb(error.__traceback__)[-1]
-                answer = {"error": f"{type(error).__name__}: {error}", "code": "E304", "remedy": None}
-                answer["where"] = f"{who}, {line.filename}:{line.lineno}"
             self._pipe.send_bytes(json.dumps(answer).encode())
 
     def _plan(self, job: dict[str, Any]) -> Plan:

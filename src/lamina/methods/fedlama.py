@@ -31,6 +31,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
+import torch
+from torch import Tensor
+
 from lamina.errors import expect, is_whole
 from lamina.layers import matrices
 from lamina.method import Method, Plan, Task, Work
@@ -45,6 +48,7 @@ class Server(NamedTuple):
 
 class Client(NamedTuple):
     waiting: Params  # its own copies of layers not yet aggregated
+    cycle: Tensor  # 0-d, round // phi in which they wait; those of another cycle are void
 
 
 def relaxed(discrepancy: Mapping[str, float], dims: Mapping[str, int]) -> list[str]:
@@ -97,7 +101,7 @@ class FedLAMA(Method[Server, Client]):
         return Server(dict.fromkeys(names, 1), {}, dict.fromkeys(names, 0.0))
 
     def init_client(self, params: Params) -> Client:
-        return Client({})
+        return Client({}, torch.tensor(-1))
 
     def plan(self, server: Server, plan: Plan) -> Plan:
         waiting = {name for name, interval in server.interval.items() if (plan.round + 1) % interval}
@@ -105,11 +109,11 @@ class FedLAMA(Method[Server, Client]):
         return plan.keep(plan.upload - waiting)
 
     def begin(self, client: Client, plan: Plan, params: Params) -> Params:
-        return params if plan.round % self.phi == 0 else params | client.waiting  # a new cycle starts from the global
+        return params | client.waiting if int(client.cycle) == plan.round // self.phi else params
 
     def report(self, client: Client, plan: Plan, work: Work, message: Message) -> tuple[Message, Client]:
         scheduled = [layer.name for layer in matrices(self.task.layers)]
-        return message, Client(omit(select(work.params, scheduled), plan.upload))
+        return message, Client(omit(select(work.params, scheduled), plan.upload), torch.tensor(plan.round // self.phi))
 
     def step(self, server: Server, plan: Plan, mean: Message) -> tuple[Message, Server]:
         steps = float(mean["steps"]["steps"])

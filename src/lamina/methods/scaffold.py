@@ -34,6 +34,7 @@ class Server(NamedTuple):
 class Client(NamedTuple):
     control: Params
     travelled: Params  # name -> 0-d: sum of K * lr over the rounds in which the layer waited
+    cycle: Tensor  # 0-d, round // hold in which it did; waiting ends with the cycle
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Scaffold(Method[Server, Client]):
         return Server(zeros_like(params))
 
     def init_client(self, params: Params) -> Client:
-        return Client(zeros_like(params), {})
+        return Client(zeros_like(params), {}, torch.tensor(-1))
 
     def plan(self, server: Server, plan: Plan) -> Plan:
         return plan.share(control=server.control)
@@ -72,7 +73,8 @@ class Scaffold(Method[Server, Client]):
     def report(self, client: Client, plan: Plan, work: Work, message: Message) -> tuple[Message, Client]:
         c = plan.shared["control"]
         travelled = work.steps.double() * plan.lr  # K * lr
-        before = client.travelled if plan.round % self.task.hold else {}  # a new cycle starts from the global layers
+        cycle = plan.round // self.task.hold
+        before = client.travelled if int(client.cycle) == cycle else {}
         since = {name: before.get(name, torch.zeros_like(travelled)) + travelled for name in work.params}
         fresh = {
             name: client.control[name] - c[name] + ((x - work.params[name]) / since[name]).to(x.dtype)  # line 12
@@ -80,7 +82,8 @@ class Scaffold(Method[Server, Client]):
             if name in plan.upload
         }
         waiting = {name: t for name, t in since.items() if name not in plan.upload}
-        return message | {"control": sub(fresh, client.control)}, Client(client.control | fresh, waiting)
+        control = client.control | fresh
+        return message | {"control": sub(fresh, client.control)}, Client(control, waiting, torch.tensor(cycle))
 
     def step(self, server: Server, plan: Plan, mean: Message) -> tuple[Message, Server]:
         change = scale(mean["control"], plan.participation)  # line 17

@@ -1,0 +1,115 @@
+"""Law: sending everything through real bytes changes nothing, and the ledger is the length of what was sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+import cases
+from lamina import Federation, FedLAMA, RoundRecord, wire
+from lamina.wire import frame
+
+
+def check_ledger(record: RoundRecord) -> None:
+    """The rows, the clients and the layers of one record sum to its totals."""
+    up, down = (sum(t.bytes for t in record.traffic if t.direction == d) for d in ("up", "down"))
+    assert (up, down) == (record.bytes_up, record.bytes_down)
+    rows = {(t.direction, t.layer): t.bytes for t in record.traffic if t.phase == "round"}
+    assert {t.phase for t in record.traffic} <= ({"round", "probe"} if record.round == 0 else {"round"})
+    assert len({t[:3] for t in record.traffic}) == len(record.traffic)  # one row per phase, direction and layer
+    for direction in ("up", "down"):
+        own = sum(getattr(c, f"bytes_{direction}") for c in record.clients)
+        assert own == sum(n for (way, _), n in rows.items() if way == direction)
+    for name, layer in record.layers.items():
+        assert layer.bytes_up == rows.get(("up", name), 0)
+        assert layer.bytes_down == rows.get(("down", name), 0)
+        assert layer.uploaded or layer.bytes_up == 0
+    assert all(n >= 0 for n in rows.values())
+    assert {layer for _, layer in rows} - set(record.layers) <= {
+        "_shared",
+        "_moments",
+        "_buffers",
+        "_control",
+        "_mask",
+        "_halves",
+    }
+
+
+def agree(make: Any, rounds: int = cases.ROUNDS) -> None:
+    fast: Federation = make(through_bytes=False)
+    state, records = cases.finish(fast, rounds)
+    real, reals = cases.finish(make(through_bytes=True), rounds)
+    assert cases.everything(real) == cases.everything(state)
+    assert reals == records
+    for record in records:
+        check_ledger(record)
+    assert state.bytes_up == sum(r.bytes_up for r in records)
+    assert state.bytes_down == sum(r.bytes_down for r in records)
+
+
+@pytest.mark.parametrize("name", cases.ALL)
+def test_bytes_change_nothing(name: str) -> None:
+    agree(lambda **options: cases.case(name, **options))
+
+
+@pytest.mark.parametrize("codec", cases.CODECS)
+def test_bytes_change_nothing_whatever_the_uplink(codec: str) -> None:
+    agree(lambda **options: cases.federation(cases.ALL["fedprox, fedlama"](), uplink=cases.CODECS[codec], **options), 4)
+
+
+@pytest.mark.parametrize("values", ["lossless", "fp16", "bf16", "int8"])
+def test_bytes_change_nothing_whatever_the_downlink(values: str) -> None:
+    agree(lambda **options: cases.federation(FedLAMA(phi=2), downlink=wire.Dense(values), **options), 3)
+
+
+@pytest.mark.parametrize("model", ["double", "dropout"])
+@pytest.mark.parametrize("buffers", ["keep", "skip"])
+def test_bytes_change_nothing_whatever_the_model(model: str, buffers: str) -> None:
+    agree(lambda **options: cases.federation(model=model, buffers=buffers, diagnostics=False, **options), 2)
+
+
+def test_personal_buffers_go_through_bytes_and_stay() -> None:
+    agree(lambda **options: cases.federation(FedLAMA(phi=2), buffers="keep", **options), 4)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedlama, scaffold", "errorfeedback, fedavgm"])
+def test_the_ledger_is_the_length_of_the_frames_that_were_packed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every client's message is packed once; a plan once for all clients that lack the same, so it is matched by
+    length: each client's bytes down are the length of a plan that was really packed."""
+    packed: list[tuple[str, int, int]] = []
+    pack = frame.pack
+
+    def spy(given: frame.Frame) -> bytes:
+        blob = pack(given)
+        packed.append((given.kind, given.client, len(blob)))
+        return blob
+
+    monkeypatch.setattr(frame, "pack", spy)
+    for _, record in cases.case(name, through_bytes=True).run(cases.ROUNDS):
+        sent = {client: size for kind, client, size in packed if kind == "message"}
+        assert sent == {c.client: c.bytes_up for c in record.clients}
+        plans = {size for kind, _, size in packed if kind == "plan"}
+        assert plans == {c.bytes_down for c in record.clients}
+        packed.clear()
+
+
+def test_client_states_go_through_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaffold's and ErrorFeedback's rows are decoded before a client uses them: their tensors are new ones."""
+    from lamina import client
+
+    seen: Counter[int] = Counter()
+    through = client._through_bytes
+
+    def spy(row):
+        again = through(row)
+        assert cases.bits(again) == cases.bits(row)
+        before = {x.data_ptr() for x in row.method.residual.values()}
+        assert before.isdisjoint(x.data_ptr() for x in again.method.residual.values())
+        seen["rows"] += 1
+        return again
+
+    monkeypatch.setattr(client, "_through_bytes", spy)
+    cases.finish(cases.case("errorfeedback", through_bytes=True), 2)
+    assert seen["rows"] == 6

@@ -1,0 +1,242 @@
+"""Checkpoints: there whole or not at all, and never taken for those of another run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+from lamina import (
+    ErrorFeedback,
+    FedAvg,
+    FedAvgM,
+    Federation,
+    FedLAMA,
+    LocalOnly,
+    Scaffold,
+    State,
+    StorageError,
+    checkpoint,
+)
+
+
+def states(rounds: int = 2, method: Any = None) -> list[State]:
+    return cases.states(cases.federation(method or FedLAMA(phi=2)), rounds)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_checkpoint_is_a_folder_of_safetensors_and_json(tmp_path: Path) -> None:
+    (state,) = states(1)
+    path = checkpoint.commit(state, tmp_path / "checkpoints", {"rows": 7})
+    assert path == tmp_path / "checkpoints" / "round-000001"
+    assert names(path) == [
+        "MANIFEST.json",
+        "clients.safetensors",
+        "model.safetensors",
+        "server.safetensors",
+        "state.json",
+    ]
+    json.loads((path / "state.json").read_text())
+    assert checkpoint.read(path, cases.federation(FedLAMA(phi=2)))[1] == {"rows": 7}
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    for name in ("fedlama, scaffold", "errorfeedback, fedavgm", "localonly"):
+        state = cases.states(cases.case(name, buffers="keep"), 5)[-1]
+        again, _ = checkpoint.read(checkpoint.commit(state, tmp_path / name), cases.case(name, buffers="keep"))
+        assert cases.everything(again) == cases.everything(state)
+        assert type(again.server) is type(state.server)
+        row, other = (s.clients.get(next(iter(s.clients))).row for s in (state, again))
+        assert type(other) is type(row)
+        assert type(other.method) is type(row.method)
+
+
+def test_a_state_before_the_first_round_can_be_kept(tmp_path: Path) -> None:
+    from lamina.store import ClientStore
+
+    fed = cases.federation(FedLAMA(phi=2))
+    state = State(*fed.initial, fed.method.init(fed.initial.params), ClientStore())
+    again, extra = checkpoint.read(checkpoint.commit(state, tmp_path), fed)
+    assert cases.everything(again) == cases.everything(state)
+    assert extra == {}
+
+
+@pytest.mark.parametrize("done", [1, 2, 3, 4])
+def test_the_state_after_any_round_can_be_kept(done: int, tmp_path: Path) -> None:
+    """After round 2 the reference of the inertia curve *is* the model: two names for the same tensors."""
+    checkpoint.commit(states(done)[-1], tmp_path)
+
+
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
+    (state, *_) = states(1)
+    for n in range(1, 5):
+        checkpoint.commit(renumbered(state, n), tmp_path)
+    assert names(tmp_path) == ["round-000003", "round-000004"]
+    assert [path.name for path in checkpoint.committed(tmp_path)] == names(tmp_path)
+    assert checkpoint.latest(tmp_path) == tmp_path / "round-000004"
+
+
+def renumbered(state: State, n: int) -> State:
+    from dataclasses import replace
+
+    return replace(state, round=n)
+
+
+def test_what_was_just_written_is_never_what_is_dropped(tmp_path: Path) -> None:
+    """A run that went back, or begins anew, writes a round before those that are there."""
+    (state,) = states(1)
+    for n in (10, 11):
+        checkpoint.commit(renumbered(state, n), tmp_path)
+    path = checkpoint.commit(renumbered(state, 3), tmp_path)
+    assert checkpoint.intact(path)
+
+
+def test_without_a_checkpoint_there_is_no_latest(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("step", range(9))
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_leaves_the_earlier_checkpoints_and_nothing_else(
+    step: int, error: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th flush to the disk or rename fails: five files, the folder, the rename, the parent folder."""
+    first, second = states(2)
+    checkpoint.commit(first, tmp_path)
+    calls = {"n": -1}
+
+    def failing(real):
+        def call(*arguments: Any) -> Any:
+            calls["n"] += 1
+            if calls["n"] == step:
+                raise OSError(error, os.strerror(error))
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(Path, "rename", failing(Path.rename))
+    if step == 8:  # nothing fails
+        checkpoint.commit(second, tmp_path)
+    else:
+        with pytest.raises(StorageError, match=os.strerror(error)) as caught:
+            checkpoint.commit(second, tmp_path)
+        assert caught.value.code == "E401"
+        assert "round 2" in caught.value.message
+    assert not [name for name in names(tmp_path) if name.startswith(".")]
+    assert checkpoint.intact(tmp_path / "round-000001")
+    assert all(checkpoint.intact(path) for path in checkpoint.committed(tmp_path))
+
+
+def test_what_a_crash_left_behind_is_ignored_and_replaced(tmp_path: Path) -> None:
+    first, second = states(2)
+    path = checkpoint.commit(first, tmp_path)
+    half = tmp_path / ".round-000002.tmp"
+    shutil.copytree(path, half)
+    (half / "state.json").write_text("{")
+    assert checkpoint.latest(tmp_path) == path
+    checkpoint.commit(second, tmp_path)
+    assert names(tmp_path) == ["round-000001", "round-000002"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "server.safetensors", "clients.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_file_is_noticed_and_the_one_before_is_used(file: str, damage: str, tmp_path: Path) -> None:
+    first, second = states(2)
+    older, newer = (checkpoint.commit(state, tmp_path) for state in (first, second))
+    blob = bytearray((newer / file).read_bytes())
+    if damage == "gone":
+        (newer / file).unlink()
+    elif damage == "cut":
+        (newer / file).write_bytes(blob[: len(blob) // 2])
+    else:
+        blob[len(blob) // 2] ^= 0x01
+        (newer / file).write_bytes(blob)
+    assert checkpoint.latest(tmp_path) == older
+    with pytest.raises(StorageError) as caught:
+        checkpoint.read(newer, cases.federation(FedLAMA(phi=2)))
+    assert caught.value.code == "E404"
+
+
+def test_a_digit_changed_in_the_json_is_damage(tmp_path: Path) -> None:
+    """One flipped bit makes a 2 a 3, and the file is JSON as before: a round, a count of bytes, a tag."""
+    *_, state = states(2)
+    path = checkpoint.commit(state, tmp_path)
+    text = (path / "state.json").read_text()
+    places = [i for i, c in enumerate(text) if c in "12345678"]
+    for place in places[:: len(places) // 40]:
+        other = chr(ord(text[place]) ^ 1) if text[place] != "1" else "3"
+        (path / "state.json").write_text(text[:place] + other + text[place + 1 :])
+        assert not checkpoint.intact(path), text[max(0, place - 40) : place + 20]
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (FedAvg(), FedAvgM()),
+        (FedAvgM(), FedAvg()),
+        (FedAvgM(), Scaffold()),
+        (FedLAMA(phi=2), FedAvg()),
+        (ErrorFeedback(), LocalOnly()),
+        (LocalOnly(), ErrorFeedback()),
+    ],
+)
+def test_the_checkpoint_of_another_method_is_refused(written: Any, read: Any, tmp_path: Path) -> None:
+    path = checkpoint.commit(cases.states(cases.federation(written, model="small"), 1)[-1], tmp_path)
+    with pytest.raises(StorageError) as caught:
+        checkpoint.read(path, cases.federation(read, model="small"))
+    assert caught.value.code == "E405"
+
+
+@pytest.mark.parametrize("other", ["small", "dropout", "wider"])
+def test_the_checkpoint_of_another_model_is_refused_and_the_layer_named(other: str, tmp_path: Path) -> None:
+    path = checkpoint.commit(cases.states(cases.federation(model="small"), 1)[-1], tmp_path)
+    if other == "wider":
+        fed = Federation(lambda: cases.mlp((64, 7, 6, 4)), cases.data(), engine="loop")
+    else:
+        fed = cases.federation(model="odd" if other == "small" else other)
+    with pytest.raises(StorageError, match=r"another model: [a-z0-9]+\.(weight|bias)") as caught:
+        checkpoint.read(path, fed)
+    assert caught.value.code == "E405"
+
+
+def test_the_checkpoint_of_another_precision_is_refused(tmp_path: Path) -> None:
+    half = Federation(cases.small, cases.data(), engine="loop")
+    double = Federation(lambda: cases.small().double(), cases.data(torch.float64), engine="loop")
+    path = checkpoint.commit(cases.states(half, 1)[-1], tmp_path)
+    with pytest.raises(StorageError) as caught:
+        checkpoint.read(path, double)
+    assert caught.value.code == "E405"
+
+
+def test_the_checkpoint_of_a_model_with_other_buffers_is_refused(tmp_path: Path) -> None:
+    from torch import nn
+
+    def model(buffers: bool) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.BatchNorm1d(4, track_running_stats=buffers))
+
+    with_, without = (Federation(lambda b=b: model(b), cases.data(), engine="loop") for b in (True, False))
+    path = checkpoint.commit(cases.states(without, 1)[-1], tmp_path)
+    with pytest.raises(StorageError) as caught:
+        checkpoint.read(path, with_)
+    assert caught.value.code == "E405"
+
+
+def test_the_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_VERSION", 2)
+    path = checkpoint.commit(states(1)[-1], tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="version 2, this lamina reads 1") as caught:
+        checkpoint.read(path, cases.federation(FedLAMA(phi=2)))
+    assert caught.value.code == "E405"
