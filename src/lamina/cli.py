@@ -1,0 +1,491 @@
+"""The command line. Everything heavy is imported inside the commands, so that help comes at once.
+
+Exit codes: 0 done, 2 usage and config (E1xx), 3 data (E2xx), 4 a run failed (E3xx), 5 storage (E4xx), 130 interrupted
+after a commit.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from lamina.errors import ConfigError, LaminaError, StorageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lamina.runs import Run, Watcher
+    from lamina.terminal import Column
+
+app = typer.Typer(
+    name="lamina",
+    help="Layer-wise, communication-efficient federated learning, measured in bytes that really travel.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="The real data sets in the box.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object per line, nothing else on the standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only the run folder, and errors.")]
+NoColor = Annotated[bool, typer.Option("--no-color", help="As NO_COLOR in the environment.")]
+RunDir = Annotated[
+    Path | None, typer.Option("--run-dir", metavar="DIR", help="Where runs lie; default LAMINA_RUNS, else ./runs.")
+]
+Keys = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", show_default=False)]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main() -> None:
+    """Entry point of the program `lamina`."""
+    warnings.showwarning = _warn
+    app()
+
+
+def _warn(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
+    print(f"! {message}", file=sys.stderr)
+
+
+def _guarded(command: F) -> F:
+    """Errors become one message on the error output and an exit code."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except LaminaError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as error:
+            print(str(error) or "interrupted", file=sys.stderr)
+            raise typer.Exit(130) from error
+        except BrokenPipeError as error:  # `lamina ... | head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from error
+        except Exception as error:
+            if isinstance(error, typer.Exit | typer.Abort | typer.BadParameter):
+                raise
+            notes = getattr(error, "__notes__", [])
+            if not notes:
+                traceback.print_exc()
+            said = " ".join(str(error).split())[:300]
+            print(f"E300  {type(error).__name__}: {said}  [{'; '.join(notes) or 'traceback above'}]", file=sys.stderr)
+            raise typer.Exit(4) from error
+
+    return guarded  # type: ignore[return-value]  # the same signature, by functools.wraps
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"lamina {installed('lamina')}")
+        raise typer.Exit
+
+
+# ---- run, resume, demo
+
+
+@app.command()
+@_guarded
+def run(
+    target: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", show_default=False)],
+    keys: Keys = None,
+    show_config: Annotated[
+        str | None, typer.Option("--show-config", metavar="all|changed", help="Print the config and stop.")
+    ] = None,
+    run_dir: RunDir = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """Train: `lamina run quickstart`, `lamina run exp.toml method=fedlama method.phi=4 rounds=200`."""
+    from lamina import config as configs
+    from lamina import runs, terminal
+
+    config = configs.load(target, keys or ())
+    out = terminal.console(no_color=no_color)
+    if show_config is not None:
+        _print_config(config, show_config, out, json)
+        return
+    with terminal.Fetching(terminal.console(no_color=no_color, stderr=True), json) as progress:
+        fed = configs.build(config, progress)
+    _finish(
+        runs.fit(
+            fed,
+            config.rounds,
+            runs.new_folder(config.name, config.method_title, run_dir),
+            evaluate_every=config.evaluate_every,
+            checkpoint_every=config.run.checkpoint_every,
+            keep_clients_log=config.run.keep_clients_log,
+            progress=_watcher(out, json, quiet, config.run.log_every),
+            config=config,
+        ),
+        quiet and not json,
+    )
+
+
+@app.command()
+@_guarded
+def resume(
+    path: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[rounds=N]", show_default=False)] = None,
+    run_dir: RunDir = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """Go on with a run from its last commit, as if it had never stopped."""
+    rounds = None
+    for number, argument in enumerate(keys or (), start=2):
+        key, _, value = argument.partition("=")
+        where = f"command line, argument {number}"
+        if key != "rounds":
+            raise StorageError(
+                f"{key} cannot change in a run that has begun", code="E405", where=where, remedy="rounds can"
+            )
+        if not value.isdigit():
+            raise ConfigError(f"rounds: expected a whole number >= 1, got {value!r}", code="E103", where=where)
+        rounds = int(value)
+    from lamina import runs, terminal
+
+    folder = _find(path, runs.runs_root(run_dir))
+    before = runs.Run.open(folder)
+    done = before.info["status"] == "done" and rounds in (None, before.info["rounds"])
+    watcher = _watcher(terminal.console(no_color=no_color), json, quiet, None)
+    if done:
+        watcher.note(f"{folder} is done; rounds=N with more than {before.info['rounds']} goes on")
+        watcher.end(before)
+        return
+    _finish(runs.resume(folder, rounds, progress=watcher), quiet and not json)
+
+
+@app.command()
+@_guarded
+def demo(
+    rounds: Annotated[int, typer.Option(help="Of each of the two runs.", min=1)] = 24,
+    data: Annotated[
+        str | None, typer.Option(help="fashion_mnist or digits; default: the first that can be had.")
+    ] = None,
+    run_dir: RunDir = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """FedAvg and FedLAMA side by side on the same split, and what each of them sent. Under two minutes."""
+    from lamina import demo as demos
+    from lamina import runs, terminal
+
+    out = terminal.console(no_color=no_color)
+    watcher = _watcher(out, json, quiet, demos.EVERY)
+    fetching = terminal.Fetching(terminal.console(no_color=no_color, stderr=True), json)
+    made = demos.demo(rounds, data, runs.runs_root(run_dir), watcher, fetching)
+    rows = runs.compare(made)
+    if json:
+        for row in rows:
+            terminal.emit({"event": "compare", **row})
+        return
+    _say(out, demos.verdict(made, terminal.width_of(out)))
+
+
+def _finish(run: Run, quiet: bool) -> None:
+    if quiet:
+        print(run.path)
+
+
+def _watcher(out: Console, json: bool, quiet: bool, log_every: int | None) -> Watcher:
+    from lamina import terminal
+
+    return terminal.Objects() if json else terminal.Quiet() if quiet else terminal.Terminal(out, log_every)
+
+
+def _print_config(config: Any, which: str, out: Console, json: bool) -> None:
+    from lamina import config as configs
+    from lamina import terminal
+
+    if which not in ("all", "changed"):
+        raise ConfigError(f"--show-config={which}: expected all or changed")
+    if json:
+        terminal.emit(config.model_dump(mode="json"))
+    elif which == "all":
+        _say(out, configs.to_toml(config).splitlines())
+    else:
+        said = configs.changed(config)
+        texts = [f"{key} = {value!r}" for key, value, _ in said]
+        columns = [terminal.Column("", texts, left=True), terminal.Column("", [o for *_, o in said], left=True)]
+        _say(out, terminal.table(columns, None)[1:])
+
+
+# ---- compare, list, data, doctor
+
+
+@app.command()
+@_guarded
+def compare(
+    paths: Annotated[list[str], typer.Argument(metavar="RUN...", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Also runs on different splits.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="A Markdown table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Exact numbers, separated by commas.")] = False,
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Accuracy and bytes of runs, side by side: folders, numbers (003) or ranges (001-004) of the latest experiment."""
+    from lamina import runs, terminal
+
+    root = runs.runs_root(run_dir)
+    found = [runs.Run.open(folder) for path in paths for folder in _find_all(path, root)]
+    rows = runs.compare(found, force=force)
+    out = terminal.console(no_color=no_color)
+    if json:
+        for row in rows:
+            terminal.emit(row)
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    elif md:
+        for number, line in enumerate(terminal.comparison(rows, None)[:-1]):
+            cells = re.split(r"\s{2,}", line.strip())
+            print("| " + " | ".join(cells) + " |")
+            if number == 0:
+                print("|" + "---|" * len(cells))
+    else:
+        _say(out, terminal.comparison(rows, terminal.width_of(out)))
+
+
+LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "runs")
+
+
+@app.command("list")
+@_guarded
+def list_(
+    what: Annotated[str, typer.Argument(metavar="|".join(LISTS), show_default=False)],
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """What there is."""
+    from lamina import terminal
+
+    if what not in LISTS:
+        raise ConfigError(f"list {what}: expected one of {', '.join(LISTS)}", where="command line, argument 1")
+    rows, columns = _runs_listed(run_dir) if what == "runs" else _data_listed() if what == "data" else _named(what)
+    out = terminal.console(no_color=no_color)
+    if json:
+        for row in rows:
+            terminal.emit(row)
+    elif not rows:
+        _say(out, ["  none"])
+    else:
+        _say(out, terminal.table(columns, terminal.width_of(out)))
+
+
+def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.terminal import Column
+
+    rows: list[dict[str, Any]]
+    if what == "partitions":
+        from lamina.data import PARTITIONS
+
+        rows = [{"name": name, "about": about} for name, about in PARTITIONS.items()]
+    elif what == "presets":
+        from lamina.settings import presets
+
+        texts = presets().items()
+        rows = [{"name": name, "about": text.splitlines()[0].lstrip("# ")} for name, text in texts]
+    else:
+        from lamina import config as configs
+
+        section = {"methods": "method", "codecs": "uplink", "models": "model"}[what]
+        rows = []
+        for name, thing in configs.catalogue(section).items():
+            defaults = {key: taken.default for key, taken in configs.arguments_of(section, thing).items()}
+            said = [key if v is type(v) or repr(v).startswith("<") else f"{key}={v}" for key, v in defaults.items()]
+            rows.append({"name": name, "about": _about(thing), "takes": ", ".join(said)})
+    columns = [
+        Column(what, [row["name"] for row in rows], left=True),
+        Column("about", [row["about"] for row in rows], 2, left=True),
+    ]
+    if "takes" in rows[0]:
+        columns.insert(1, Column("takes", [row["takes"] for row in rows], 1, left=True))
+    return rows, columns
+
+
+def _about(thing: Any) -> str:
+    """First sentence of the docstring; of the module's, where a class says only what it takes."""
+    own = (getattr(thing, "__doc__", None) or "").strip()
+    if not own or own.startswith(("Args:", "No arguments")):
+        own = (sys.modules[thing.__module__].__doc__ or "").strip()
+    return own.splitlines()[0] if own else ""
+
+
+def _data_listed() -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.data import DATASETS, cached
+    from lamina.terminal import Column, size
+
+    rows = []
+    for name, info in DATASETS.items():
+        there = "built in" if not info.download else "cached" if cached(name) else "-"
+        rows.append({**info._asdict(), "sources": list(info.sources), "here": there})
+    columns = [
+        Column("data", list(DATASETS), left=True),
+        Column("here", [row["here"] for row in rows], left=True),
+        Column("examples", [f"{row['examples']:,}" for row in rows], 2),
+        Column("test", [f"{row['test_examples']:,}" for row in rows], 5),
+        Column("classes", [str(row["classes"]) for row in rows], 4),
+        Column("clients", [row["clients"] or "by partition" for row in rows], 3, left=True),
+        Column("download", [size(row["download"]) if row["download"] else "-" for row in rows], 1),
+        Column("about", [row["description"] for row in rows], 6, left=True),
+        Column("licence", [row["licence"] for row in rows], 7, left=True),
+    ]
+    return rows, columns
+
+
+def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.runs import Run, runs_root
+    from lamina.terminal import Column, share, size
+
+    rows = []
+    for file in sorted(runs_root(run_dir).glob("*/*-*/run.json")):
+        try:
+            run = Run.open(file.parent)
+        except LaminaError:
+            continue  # a folder of another version: `compare` would say so
+        final = run.final
+        rows.append({"run": str(file.parent), "accuracy": final and final.accuracy, **run.info})
+    columns = [
+        Column("run", [row["run"] for row in rows], left=True),
+        Column("status", [row["status"] for row in rows], 1, left=True),
+        Column("rounds", [f"{row['rounds_done']}/{row['rounds']}" for row in rows], 3),
+        Column("acc", [share(row["accuracy"]) for row in rows]),
+        Column("up", [size(row["bytes_up"]) for row in rows], 2),
+        Column("down", [size(row["bytes_down"]) for row in rows], 4),
+        Column("codec", [row["uplink"] for row in rows], 5, left=True),
+    ]
+    return rows, columns
+
+
+@data_app.command("list")
+@_guarded
+def data_list(json: Json = False, no_color: NoColor = False) -> None:
+    """The data sets, and which of them are here."""
+    list_("data", None, json, no_color)
+
+
+@data_app.command("fetch")
+@_guarded
+def data_fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", show_default=False)],
+    verify: Annotated[bool, typer.Option("--verify", help="Read what is here and compare its checksums.")] = False,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Bring data sets into the cache (LAMINA_DATA); an interrupted download goes on where it stopped."""
+    from lamina import data, terminal
+
+    out = terminal.console(no_color=no_color)
+    for name in names:
+        with terminal.Fetching(out, json) as progress:
+            stored = data.download(name, verify=verify, progress=progress)
+        if json:
+            terminal.emit({"event": "fetched", "data": name, "folder": str(stored.folder), "source": stored.source})
+        else:
+            _say(out, [f"  {name}  {stored.folder}  from {stored.source}" + ("  verified" if verify else "")])
+
+
+@app.command()
+@_guarded
+def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False) -> None:
+    """What this machine has, and what lamina would make of it."""
+    import platform
+    import shutil
+
+    import torch
+
+    from lamina import data, engine, machine, runs, terminal
+
+    def free(folder: Path) -> str:
+        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+        return f"{folder} · {terminal.size(shutil.disk_usage(there).free)} free"
+
+    name, workers, reason = engine.choose("auto", 1 << 20, 32, 10, None)
+    extras = {"scikit-learn": "digits", "pillow": "PNG of CIFAR-10"}
+    missing = [f"{package} (for {use})" for package, use in extras.items() if machine.installed(package) is None]
+    sets = [f"{name} {'yes' if data.cached(name) else 'no'}" for name, info in data.DATASETS.items() if info.download]
+    facts = {
+        "lamina": f"{machine.installed('lamina')} · python {platform.python_version()} · {platform.platform()}",
+        "torch": f"{torch.__version__} · {torch.get_num_threads()} threads",
+        "cpu": f"{machine.cpu_name()} · {engine.cores()} cores",
+        "engine": f"auto, for a model of 1 MiB and 10 clients a round: {name}"
+        + (f" x{workers}" if name == "processes" else "")
+        + f" · {reason}",
+        "runs": free(runs.runs_root(run_dir)),
+        "cache": free(data.cache_folder()),
+        "data": " · ".join(sets),
+        "extras": "all here" if not missing else "missing: " + ", ".join(missing) + " · pip install 'lamina[demo]'",
+    }
+    if json:
+        terminal.emit(facts)
+        return
+    out = terminal.console(no_color=no_color)
+    _say(out, terminal.fields(list(facts.items()), terminal.width_of(out)))
+
+
+def _say(out: Console, lines: Sequence[str]) -> None:
+    from rich.text import Text
+
+    for line in lines:
+        out.print(Text(line), soft_wrap=True)
+
+
+# ---- which run is meant
+
+
+def _find_all(text: str, root: Path) -> list[Path]:
+    if (span := re.fullmatch(r"(\d{3})-(\d{3})", text)) and not Path(text).exists():
+        numbers = range(int(span[1]), int(span[2]) + 1)
+        there = [f"{n:03d}" for n in numbers if _numbered(f"{n:03d}", root)]
+        return [_find(number, root) for number in there or [span[1]]]
+    return [_find(text, root)]
+
+
+def _find(text: str, root: Path) -> Path:
+    """A folder, one under the root of runs, "latest", or a number: of the latest experiment, if several have it."""
+    for folder in (Path(text), root / text):
+        if (folder / "run.json").is_file():
+            return folder.resolve() if folder.is_symlink() else folder
+    found = _numbered(text, root)
+    if len(found) > 1:
+        experiment = (root / "latest").resolve().parent.name
+        found = [folder for folder in found if folder.parent.name == experiment] or found
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{text}: {', '.join(map(str, found))} have this number", remedy="name the folder")
+    raise StorageError(f"there is no run {text!r} under {root}", code="E403", remedy="`lamina list runs` names them")
+
+
+def _numbered(text: str, root: Path) -> list[Path]:
+    if not re.fullmatch(r"\d{1,3}", text):
+        return []
+    return sorted(p.parent for p in root.glob(f"*/{int(text):03d}-*/run.json") if not p.parent.is_symlink())
+
+
+if __name__ == "__main__":
+    main()

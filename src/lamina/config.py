@@ -1,0 +1,692 @@
+"""An experiment as data: from TOML, environment and `key=value` to a Federation, each key with its origin.
+
+    default < preset < file < LAMINA_* < command line  ->  load  ->  Config  ->  build  ->  Federation
+                                                                       to_toml  ->  a file that loads to the same Config
+
+What a method, codec, model or data set takes is read off its signature, so a new one needs no change here. A part may
+be written short (``method = "fedlama"``, ``uplink = "topk:0.01"``) and its keys be set one by one (``method.phi=4``).
+Naming another part drops what lower layers said about the one before. ``"none"`` stands for None.
+
+Errors: E102 unknown key, E103 impossible type or value, E104 not TOML, E105 no such file or preset, E106 an `entry`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import json
+import re
+import traceback
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from annotated_types import Ge
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
+from torch import nn
+
+import lamina.data
+from lamina import wire
+from lamina.client import LocalSGD
+from lamina.data import ClientData
+from lamina.entry import is_entry, short
+from lamina.entry import thing as entry_thing
+from lamina.errors import ConfigError, LaminaError
+from lamina.federation import Federation
+from lamina.method import Chain, FedAvg, Method
+from lamina.methods import METHODS
+from lamina.models import MODELS
+from lamina.settings import PARTS, SECTIONS, Key, Values, collect, meant
+
+CENTRALISED = "centralised"  # no method: all examples with one client, the point of reference
+LOSSES: dict[str, Callable[..., Any]] = {
+    "cross_entropy": nn.functional.cross_entropy,
+    "mse": nn.functional.mse_loss,
+}
+_NONE = "none"
+
+Whole = Annotated[int, Field(ge=1)]
+
+
+class Part(BaseModel):
+    """A thing by name, or by `entry` in a file of the user's, with its arguments as attributes."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str | None = None
+    entry: str | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @property
+    def title(self) -> str:
+        return self.name or (self.entry or "").rpartition(":")[2]
+
+
+class RunOptions(BaseModel):
+    """How a run is kept; nothing here changes its result."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    checkpoint_every: Literal["auto"] | Whole = "auto"  # rounds; "auto": as often as costs 5 % of the time
+    keep_clients_log: bool = False  # clients.jsonl: a row per round and client
+    log_every: Whole | None = None  # rounds between two printed lines
+
+
+class Config(BaseModel):
+    """A whole experiment, every key resolved. Made by `load`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    rounds: Whole = 10
+    seed: int = 0
+    cohort: Literal["all"] | Whole = "all"
+    weights: Literal["examples", "uniform"] = "examples"
+    buffers: Literal["average", "keep", "skip"] = "average"
+    loss: str = "cross_entropy"
+    engine: Literal["auto", "loop", "processes", "threads"] = "auto"
+    workers: Whole | None = None
+    evaluate_every: Whole = 1
+    diagnostics: bool = True
+    through_bytes: bool = False
+    model: Part
+    data: Part
+    method: tuple[Part, ...]
+    uplink: Part
+    downlink: Part
+    local: Part
+    metrics: dict[str, str] = {}
+    run: RunOptions = RunOptions()
+    _origins: dict[Key, str] = PrivateAttr(default_factory=dict)
+
+    def origin(self, path: str) -> str:
+        """Where a key's value comes from, e.g. ``"exp.toml:9"``."""
+        parts = tuple(path.split("."))
+        return self._origins.get(parts) or self._origins.get((*parts, "name")) or "default"
+
+    @property
+    def sha256(self) -> str:
+        """Of all keys that can change the result."""
+        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers"})
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def method_title(self) -> str:
+        return "+".join(part.title for part in self.method)
+
+
+# ---- loading
+
+
+def load(target: str | Path, arguments: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Config:
+    """The experiment named on a command line.
+
+    Args:
+        target: a preset, a TOML file, or a run folder (its config.toml).
+        arguments: `key=value`, dotted; a value is read as TOML, else as a bare string.
+        env: variables LAMINA_KEY and LAMINA_SECTION__KEY; None: the process's own.
+
+    Raises:
+        ConfigError: E102 to E106, with the origin of what is wrong.
+    """
+    return _resolve(collect(target, arguments, env))
+
+
+# ---- what a part takes
+
+
+class _Takes(NamedTuple):
+    annotation: Any
+    default: Any  # inspect.Parameter.empty: it must be given
+
+
+@lru_cache(maxsize=256)
+def takes(thing: Any) -> Mapping[str, _Takes]:
+    """Arguments of a function or class, from its signature."""
+    try:
+        parameters = inspect.signature(thing).parameters
+    except (TypeError, ValueError):
+        return {}
+    hints: dict[str, Any] = {}
+    for holder in (thing, getattr(thing, "__init__", None)):
+        try:
+            hints = {**typing.get_type_hints(holder, include_extras=True), **hints}
+        except (NameError, TypeError, AttributeError):
+            continue  # an annotation that cannot be read leaves the value unchecked
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {
+        name: _Takes(hints.get(name, Any), p.default)
+        for name, p in parameters.items()
+        if p.kind in named and name != "self"
+    }
+
+
+def catalogue(section: str) -> Mapping[str, Callable[..., Any]]:
+    """Name -> what makes it, for a section of the config."""
+    match section:
+        case "model":
+            return MODELS
+        case "data":
+            return {name: getattr(lamina.data, name) for name in lamina.data.DATASETS}
+        case "method":
+            return {**METHODS, CENTRALISED: _centralised}
+        case _:
+            return wire.CODECS
+
+
+def _centralised() -> FedAvg:
+    """All examples with one client: no federation, the point of reference."""
+    return FedAvg()
+
+
+def arguments_of(section: str, thing: Any) -> dict[str, _Takes]:
+    hidden = ("progress", "verify") if section == "data" else ()
+    return {name: taken for name, taken in takes(thing).items() if name not in hidden}
+
+
+# ---- resolution
+
+
+def _resolve(values: Values) -> Config:
+    origins = {path: origin for path, (_, origin) in values.items()}
+    given: dict[Key, Any] = {path: value for path, (value, _) in values.items()}
+    _refuse_unknown(given, origins)
+    tree: dict[str, Any] = {}
+    for name in Config.model_fields:
+        if name in PARTS or name in ("local", "run", "metrics"):
+            continue
+        if (name,) in given:
+            tree[name] = _checked(_annotation(Config, name), given[name,], name, origins[name,])
+    tree["run"] = {
+        key: _checked(_annotation(RunOptions, key), value, f"run.{key}", origins["run", key])
+        for key, value in _below(given, ("run",)).items()
+    }
+    tree["metrics"] = {
+        key: _checked(str, value, f"metrics.{key}", origins["metrics", key])
+        for key, value in _below(given, ("metrics",)).items()
+    }
+    tree["local"] = _arguments(LocalSGD, "local", "local", given, ("local",), origins)
+    given.setdefault(("uplink", "name"), "fp32")
+    given.setdefault(("downlink", "name"), "fp32")
+    for section in ("model", "data", "uplink", "downlink"):
+        tree[section] = _resolved_part(section, given, (section,), origins)
+    chain = sorted({p[1] for p in given if p[0] == "method" and len(p) > 2}, key=int)
+    if not chain and ("method", "entry") not in given:
+        given.setdefault(("method", "name"), "fedavg")
+    paths: list[Key] = [("method", i) for i in chain] or [("method",)]
+    tree["method"] = [_resolved_part("method", given, path, origins) for path in paths]
+    config = Config(**tree)
+    config._origins.update(origins)
+    if len(config.method) > 1 and any(part.name == CENTRALISED for part in config.method):
+        raise ConfigError("method: centralised stands alone", code="E103", where=config.origin("method.0.name"))
+    method_of(config)  # impossible values show before any data is touched
+    _codec(config, "uplink")
+    _codec(config, "downlink")
+    local_of(config)
+    loss_of(config)
+    return config
+
+
+def _below(given: Mapping[Key, Any], prefix: Key) -> dict[str, Any]:
+    return {p[-1]: v for p, v in given.items() if p[:-1] == prefix}
+
+
+def _annotation(model: type[BaseModel], key: str) -> Any:
+    field = model.model_fields[key]
+    return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+
+
+def _resolved_part(section: str, given: Mapping[Key, Any], path: Key, origins: Mapping[Key, str]) -> dict[str, Any]:
+    """The part with every argument written out."""
+    own = _below(given, path)
+    where = next((origins[p] for p in given if p[: len(path)] == path and p in origins), "default")
+    if "entry" in own and "name" in own:
+        raise ConfigError(f"{section}: has a name and an entry, expected one of them", code="E103", where=where)
+    if "entry" in own:
+        entry = _checked(str, own.pop("entry"), f"{section}.entry", where)
+        return {"entry": entry, **own}
+    if "name" not in own:
+        raise ConfigError(
+            f"{section} is missing", code="E103", where=where, remedy=f"{_listing(section)}, or an entry of your own"
+        )
+    name = _checked(str, own["name"], f"{section}.name", where)
+    if section in ("uplink", "downlink"):
+        return _resolved_codec(section, name, given, path, origins, where)
+    known = catalogue(section)
+    if name not in known:
+        raise ConfigError(
+            f"{section}: expected one of {', '.join(known)}; got {name!r}",
+            code="E103",
+            where=where,
+            remedy=meant(name, known) + _listing(section),
+        )
+    return {"name": name, **_arguments(known[name], section, name, given, path, origins)}
+
+
+def _resolved_codec(
+    section: str, text: str, given: Mapping[Key, Any], path: Key, origins: Mapping[Key, str], where: str
+) -> dict[str, Any]:
+    """``"topk:0.01"`` and keys beside it, as one table."""
+    base = text.split(":")[0]
+    kind: Any = wire.CODECS.get(base, wire.CODECS["dense"])
+    known = takes(kind)
+    extra = {k: v for k, v in _below(given, path).items() if k != "name"}
+    for key, value in extra.items():
+        _checked(known[key].annotation, value, f"{section}.{key}", origins[(*path, key)])
+    try:
+        codec = wire.parse({"name": text, **extra})
+    except ConfigError as error:
+        raise _located(error, section, where, {k: origins[(*path, k)] for k in extra}) from error
+    name = next(name for name, made in wire.CODECS.items() if type(codec) is made)
+    return {"name": name, **{key: getattr(codec, key) for key in known}}
+
+
+def _arguments(
+    thing: Callable[..., Any], section: str, title: str, given: Mapping[Key, Any], path: Key,
+    origins: Mapping[Key, str],
+) -> dict[str, Any]:  # fmt: skip
+    known = arguments_of(section, thing)
+    own = {key: value for key, value in _below(given, path).items() if key not in ("name", "entry")}
+    resolved: dict[str, Any] = {}
+    for key, (annotation, default) in known.items():
+        if key in own:
+            resolved[key] = _checked(annotation, own[key], f"{section}.{key}", origins[(*path, key)])
+        elif default is not inspect.Parameter.empty:
+            if _is_plain(default):
+                resolved[key] = list(default) if isinstance(default, tuple) else default
+        else:
+            raise ConfigError(f"{section}.{key} is missing: {title} needs it", code="E103", where=origins.get(path))
+    return resolved
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it can stand in a TOML file; a default that cannot is left to the thing itself."""
+    return value is None or isinstance(value, str | int | float | list | tuple | dict)
+
+
+def _checked(annotation: Any, value: Any, key: str, origin: str) -> Any:
+    """The value as plain JSON of this type. Raises ConfigError E103."""
+    optional = type(None) in typing.get_args(annotation)
+    if optional and value == _NONE:
+        return None
+    try:
+        adapter = _adapter(annotation)
+        return adapter.dump_python(adapter.validate_json(json.dumps(value), strict=True), mode="json")
+    except (ValidationError, TypeError):
+        raise ConfigError(
+            f"{key}: expected {_expected(annotation)}, got {value!r}", code="E103", where=origin
+        ) from None
+
+
+@lru_cache(maxsize=256)
+def _adapter(annotation: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+
+
+def _expected(annotation: Any) -> str:
+    """A type in words."""
+    kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if kind is Annotated:
+        metadata = [m for entry in parts[1:] for m in getattr(entry, "metadata", [entry])]
+        least = [f" >= {m.ge}" for m in metadata if isinstance(m, Ge)]
+        pattern = [" of letters, digits, dots and dashes" for m in metadata if getattr(m, "pattern", None)]
+        return _expected(parts[0]) + "".join(least + pattern)
+    if kind in (typing.Union, types.UnionType):
+        words = [_expected(p) for p in parts if typing.get_origin(p) is not Callable and p is not Path]
+        return " or ".join(dict.fromkeys(words))
+    if kind is Literal:
+        return " or ".join(repr(choice) for choice in parts) if len(parts) < 3 else f"one of {', '.join(parts)}"
+    if kind is not None and issubclass(kind, Mapping):
+        return "a table"
+    if kind is not None and issubclass(kind, Sequence):
+        return f"a list ({', '.join(_expected(p) for p in parts if p is not Ellipsis)})"
+    simple: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    return {**simple, type(None): repr(_NONE), dict: "a table"}.get(annotation, str(annotation))
+
+
+# ---- unknown keys
+
+
+def _refuse_unknown(given: Mapping[Key, Any], origins: Mapping[Key, str]) -> None:
+    fixed = {"local": list(takes(LocalSGD)), "run": list(RunOptions.model_fields)}
+    for path, value in given.items():
+        section = path[0]
+        if section == "preset":
+            message = "unknown key  preset: it stands in a file, or as the first argument of the command line"
+            raise ConfigError(message, code="E102", where=origins[path])
+        if section not in Config.model_fields:
+            raise _unknown(path, origins[path], given, "")
+        sectioned = section in SECTIONS
+        if sectioned and len(path) == 1:
+            raise ConfigError(f"{section}: expected a table, got {value!r}", code="E103", where=origins[path])
+        if not sectioned and len(path) > 1:
+            raise _unknown(path, origins[path], given, f"{section} has no keys of its own.  ")
+        if section in fixed and path[-1] not in fixed[section]:
+            raise _unknown(path, origins[path], given, f"{section} takes: {', '.join(fixed[section])}.  ")
+        if section in PARTS and path[-1] not in ("name", "entry"):
+            known = _known_arguments(section, given, path[:-1])
+            if known is not None and path[-1] not in known[1]:
+                title, names = known
+                takes_text = f"{title} takes: {', '.join(names)}.  " if names else f"{title} takes no arguments.  "
+                raise _unknown(path, origins[path], given, takes_text + _owners(section, path[-1]))
+
+
+def _known_arguments(section: str, given: Mapping[Key, Any], path: Key) -> tuple[str, list[str]] | None:
+    """Title and arguments of the part at this path; None where anything goes, or the name is wrong itself."""
+    if (*path, "entry") in given:
+        return None
+    default = {"method": "fedavg", "uplink": "fp32", "downlink": "fp32"}.get(section)
+    name = given.get((*path, "name"), default)
+    if section in ("uplink", "downlink") and isinstance(name, str):
+        base = name.split(":")[0]
+        name = base if base in wire.CODECS else "dense"
+    thing = catalogue(section).get(str(name)) if isinstance(name, str) else None
+    return None if thing is None else (str(name), list(arguments_of(section, thing)))
+
+
+def _owners(section: str, key: str) -> str:
+    owners = [name for name, thing in catalogue(section).items() if key in arguments_of(section, thing)]
+    return f"{key} belongs to {', '.join(owners[:4])}.  " if owners and len(owners) <= 4 else ""
+
+
+def _unknown(path: Key, origin: str, given: Mapping[Key, Any], more: str) -> ConfigError:
+    key = ".".join(path)
+    close = None if "belongs to" in more else _closest(key, _all_keys(given))
+    remedy = more + (f"Did you mean  {close} ?" if close else "")
+    return ConfigError(f"unknown key  {key}", code="E102", where=origin, remedy=remedy.strip() or None)
+
+
+def _all_keys(given: Mapping[Key, Any]) -> list[str]:
+    """Every key that could be said here."""
+    keys = [name for name in Config.model_fields if name not in ("local", "run")] + ["preset"]
+    keys += [f"local.{name}" for name in takes(LocalSGD)] + [f"run.{name}" for name in RunOptions.model_fields]
+    for section in PARTS:
+        known = _known_arguments(section, given, (section,))
+        keys += [f"{section}.{name}" for name in ("name", "entry", *(known[1] if known else ()))]
+    return keys
+
+
+def _closest(key: str, known: Iterable[str]) -> str | None:
+    """By likeness, section by section; a key without its section counts as that of any."""
+
+    def likeness(other: str) -> float:
+        mine, theirs = key.split("."), other.split(".")
+        if len(mine) != len(theirs):
+            mine, theirs, discount = mine[-1:], theirs[-1:], 0.95
+        else:
+            discount = 1.0
+        ratios = [difflib.SequenceMatcher(None, a, b).ratio() for a, b in zip(mine, theirs, strict=True)]
+        return discount * sum(ratios) / len(ratios)
+
+    best = max(known, key=likeness)
+    return best if likeness(best) >= 0.6 else None
+
+
+def _listing(section: str) -> str:
+    return {"model": "`lamina list models`", "data": "`lamina list data`", "method": "`lamina list methods`"}[section]
+
+
+# ---- building
+
+
+def build(config: Config, progress: Callable[[str, str, int, int], None] | None = None) -> Federation:
+    """The federation of this config; its data is fetched if need be.
+
+    Args:
+        progress: called while data is fetched, as (name, stage, done, total).
+
+    Raises:
+        LaminaError: what is impossible, with the origin of the key.
+    """
+    data = data_of(config, progress)
+    pooled = any(part.name == CENTRALISED for part in config.method)
+    try:
+        return Federation(
+            model_of(config),
+            pool(data) if pooled else data,
+            method=method_of(config),
+            uplink=_codec(config, "uplink"),
+            downlink=_codec(config, "downlink"),
+            local=local_of(config),
+            cohort="all" if pooled else config.cohort,
+            weights=config.weights,
+            buffers=config.buffers,
+            loss=loss_of(config),
+            metrics={
+                name: entry_thing(entry, config.origin(f"metrics.{name}")) for name, entry in config.metrics.items()
+            },
+            seed=config.seed,
+            engine=config.engine,
+            workers=config.workers,
+            diagnostics=config.diagnostics,
+            through_bytes=config.through_bytes,
+        )
+    except ConfigError as error:
+        section = (error.where or "").split(".")[0]
+        if section in Config.model_fields:
+            where = f"{error.where}, {config.origin(error.where or '')}"
+            raise ConfigError(error.message, code=error.code, where=where, remedy=error.remedy) from error
+        raise
+
+
+def data_of(config: Config, progress: Callable[[str, str, int, int], None] | None = None) -> ClientData:
+    part, where = config.data, config.origin("data")
+    if part.entry is not None:
+        made = _made(part, config, "data")
+        if not isinstance(made, ClientData):
+            message = f"{short(part.entry)} gave {type(made).__name__}, expected a lamina.ClientData"
+            raise ConfigError(message, code="E106", where=where)
+        return made
+    options = dict(part.arguments)
+    if progress is not None and "progress" in takes(catalogue("data")[str(part.name)]):
+        options["progress"] = progress
+    try:
+        return catalogue("data")[str(part.name)](**options)  # type: ignore[no-any-return]
+    except ConfigError as error:
+        key = next((k for k in part.arguments if k in f"{error.where or ''}:{error.message}"), "name")
+        raise ConfigError(
+            f"data.{key}: {error.message}", code=error.code, where=config.origin(f"data.{key}"), remedy=error.remedy
+        ) from error
+
+
+def pool(data: ClientData) -> ClientData:
+    """All examples that anybody holds, with one client."""
+    held = torch.unique(data.indices)
+    return ClientData.from_index(
+        data.x, data.y, {"all": held}, test=data.test, transform=data.transform, name=data.name, partition="pooled"
+    )
+
+
+def model_of(config: Config) -> Callable[[], nn.Module]:
+    """What makes the model; Federation calls it under the seed."""
+    part, where = config.model, config.origin("model")
+    if part.entry is not None:
+        return lambda: typing.cast("nn.Module", _made(part, config, "model"))
+    make, arguments = MODELS[str(part.name)], part.arguments
+
+    def made() -> nn.Module:
+        try:
+            return make(**arguments)
+        except ConfigError as error:
+            raise _located(error, "model", where, {k: config.origin(f"model.{k}") for k in arguments}) from error
+
+    return made
+
+
+def method_of(config: Config) -> Method[Any, Any]:
+    methods = []
+    for i, part in enumerate(config.method):
+        path = ("method",) if ("method", "0", "name") not in config._origins else ("method", str(i))
+        where = config.origin(".".join(path))
+        if part.entry is not None:
+            made = _made(part, config, "method")
+        else:
+            keys = {k: config._origins.get((*path, k), where) for k in part.arguments}
+            made = _constructed(catalogue("method")[str(part.name)], part.arguments, "method", where, keys)
+        if not isinstance(made, Method):
+            raise ConfigError(
+                f"{part.title} gave {type(made).__name__}, expected a lamina.Method", code="E106", where=where
+            )
+        methods.append(made)
+    if len(methods) == 1:
+        return methods[0]
+    try:
+        return Chain(*methods)
+    except ConfigError as error:
+        raise _located(error, "method", config.origin("method.0.name"), {}) from error
+
+
+def local_of(config: Config) -> LocalSGD:
+    arguments = config.local.arguments
+    keys = {key: config.origin(f"local.{key}") for key in arguments}
+    made = _constructed(LocalSGD, arguments, "local", "default", keys)
+    assert isinstance(made, LocalSGD)  # it is what was called
+    return made
+
+
+def loss_of(config: Config) -> Callable[..., Any] | Literal["cross_entropy"]:
+    """`Federation` knows the first by name, for what it prints."""
+    if config.loss == "cross_entropy":
+        return "cross_entropy"
+    if is_entry(config.loss):
+        made: Callable[..., Any] = entry_thing(config.loss, config.origin("loss"))
+        return made
+    if config.loss not in LOSSES:
+        raise ConfigError(
+            f'loss: expected one of {", ".join(LOSSES)}, or an entry "mine.py:loss"; got {config.loss!r}',
+            code="E103",
+            where=config.origin("loss"),
+            remedy=meant(config.loss, LOSSES) or None,
+        )
+    return LOSSES[config.loss]
+
+
+def _codec(config: Config, section: Literal["uplink", "downlink"]) -> wire.Codec:
+    part = config.uplink if section == "uplink" else config.downlink
+    if part.entry is not None:
+        codec: wire.Codec = _made(part, config, section)
+        return codec
+    return wire.parse({"name": part.name, **part.arguments})
+
+
+def _constructed(
+    thing: Callable[..., Any], arguments: Mapping[str, Any], section: str, where: str, keys: Mapping[str, str]
+) -> Any:
+    try:
+        return thing(**arguments)
+    except ConfigError as error:
+        raise _located(error, section, where, keys) from error
+
+
+def _located(error: ConfigError, section: str, where: str, keys: Mapping[str, str]) -> ConfigError:
+    """The same error, with the section and the origin of the key it begins with (``"phi=0: expected ..."``)."""
+    found = re.match(r"(\w+)=", error.message)
+    key = found[1] if found else ""
+    message = f"{section}.{error.message}" if key in keys else f"{section}: {error.message}"
+    return ConfigError(message, code=error.code, where=keys.get(key, where), remedy=error.remedy)
+
+
+# ---- a user's own parts
+
+
+def _made(part: Part, config: Config, section: str) -> Any:
+    """What an entry stands for: an instance as it is; thing(cfg) when it takes one argument that is not a key of the
+    part; else thing(keys)."""
+    where = config.origin(section) if section != "method" else config.origin("method.entry")
+    entry = str(part.entry)
+    thing = entry_thing(entry, where)
+    if not callable(thing) or isinstance(thing, nn.Module | Method | ClientData):
+        return thing
+    known, keys = takes(thing), part.arguments
+    needed = [name for name, taken in known.items() if taken.default is inspect.Parameter.empty and name not in keys]
+    if len(needed) > 1:
+        raise ConfigError(
+            f"{short(entry)} takes {', '.join(needed)}: expected one argument, cfg", code="E106", where=where
+        )
+    if not needed:
+        for key, value in keys.items():
+            if key not in known:
+                takes_text = f"{short(entry)} takes: {', '.join(known) or 'no arguments'}"
+                raise ConfigError(f"unknown key  {section}.{key}", code="E102", where=where, remedy=takes_text)
+            keys[key] = _checked(known[key].annotation, value, f"{section}.{key}", where)
+    try:
+        return thing(config) if needed else thing(**keys)
+    except LaminaError:
+        raise
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ConfigError(
+            f"{short(entry)} failed: {type(error).__name__}: {error}",
+            code="E106",
+            where=f"{Path(frame.filename).name}:{frame.lineno}",
+        ) from error
+
+
+# ---- writing
+
+
+def to_toml(config: Config) -> str:
+    """Every key, with its origin as a comment. `load` makes the same Config of it."""
+    lines: list[tuple[str, str]] = []
+
+    def put(path: Key, value: Any) -> None:
+        lines.append((f"{path[-1]} = {_literal(value)}", config._origins.get(path, "default")))
+
+    tree = config.model_dump(mode="json")
+    for key, value in tree.items():
+        if not isinstance(value, dict) and key != "method":
+            put((key,), value)
+    for section in (*PARTS, "local", "metrics", "run"):
+        tables = tree[section] if section == "method" else [tree[section]]
+        chained = section == "method" and (len(tables) > 1 or ("method", "0", "name") in config._origins)
+        for i, table in enumerate(tables):
+            if not table:
+                continue
+            lines.append(("", ""))
+            lines.append((f"[[{section}]]" if chained else f"[{section}]", ""))
+            for key, value in table.items():
+                if value is not None or key not in ("name", "entry"):
+                    put((section, str(i), key) if chained else (section, key), value)
+    width = max((len(text) for text, origin in lines if origin), default=0)
+    return "".join(f"{text:<{width}}  # {origin}".rstrip() + "\n" if origin else text + "\n" for text, origin in lines)
+
+
+def changed(config: Config) -> list[tuple[str, Any, str]]:
+    """Key, value and origin of everything that was said."""
+    tree = config.model_dump(mode="json")
+    found = []
+    for path, origin in config._origins.items():
+        value: Any = tree
+        for key in path:
+            if isinstance(value, list) and not key.isdigit():
+                value = value[0]
+            value = value[int(key)] if isinstance(value, list) else value.get(key)
+        if origin != "default":
+            found.append((".".join(path), value, origin))
+    return found
+
+
+def _literal(value: Any) -> str:
+    """A value as TOML."""
+    match value:
+        case None:
+            return f'"{_NONE}"'
+        case bool():
+            return str(value).lower()
+        case str():
+            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        case int() | float():
+            return repr(value)
+        case dict():
+            return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items()) + " }"
+        case _:
+            return "[" + ", ".join(_literal(v) for v in value) + "]"
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else json.dumps(key, ensure_ascii=False)

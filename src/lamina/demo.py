@@ -1,0 +1,64 @@
+"""The demonstration: FedAvg and FedLAMA on the same clients, and what each of them sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lamina import runs
+from lamina.config import Config, build, data_of, load
+from lamina.errors import ConfigError, DataError, StorageError
+from lamina.runs import Run, Watcher
+from lamina.terminal import Fetching, comparison, fields
+
+PHI = 4
+EVERY = 2  # rounds between two tests, which cost as much as a third of the training
+SETS = {
+    "fashion_mnist": ("fashion-mnist-cnn", ()),
+    "digits": ("quickstart", ("data.clients=20", "cohort=10")),
+}
+
+
+def demo(rounds: int, data: str | None, root: Path, watcher: Watcher, fetching: Fetching) -> list[Run]:
+    """FedAvg, then FedLAMA(phi=4), each in its run folder.
+
+    Args:
+        data: one of `SETS`; None: Fashion-MNIST if it is here or can be fetched, else the digits, and it is said.
+    """
+    if data is not None and data not in SETS:
+        raise ConfigError(f"data={data}: expected one of {', '.join(SETS)}", where="--data")
+    if data is None:
+        data = "fashion_mnist"
+        try:
+            with fetching as progress:
+                data_of(_config(data, rounds, "method=fedavg"), progress)
+        except (DataError, StorageError) as error:
+            watcher.note(f"Fashion-MNIST cannot be had here, so this demo runs on scikit-learn's digits. {error}")
+            data = "digits"
+    made = []
+    for method in (("method=fedavg",), ("method=fedlama", f"method.phi={PHI}")):
+        config = _config(data, rounds, *method)
+        folder = runs.new_folder(config.name, config.method_title, root)
+        made.append(runs.fit(build(config), rounds, folder, progress=watcher, config=config))
+    return made
+
+
+def verdict(made: Sequence[Run], width: int | None) -> list[str]:
+    rows = runs.compare(made)
+    share = 100 * rows[1]["bytes_up"] / rows[0]["bytes_up"]
+    kept = 100 * (rows[1]["accuracy"] - rows[0]["accuracy"])
+    said = (
+        f"FedLAMA(phi={PHI}) sent {share:.1f} % of FedAvg's uplink bytes ({rows[1]['bytes_up']:,} of "
+        f"{rows[0]['bytes_up']:,}), at {kept:+.1f} points of accuracy"
+    )
+    paths = " and ".join(row["run"] for row in rows)
+    return [*comparison(rows, width), "", *fields([("so", said), ("runs", paths)], width)]
+
+
+def _config(data: str, rounds: int, *method: str) -> Config:
+    preset, settings = SETS[data]
+    return load(
+        preset,
+        [f"name=demo-{data.replace('_', '-')}", f"rounds={rounds}", f"evaluate_every={EVERY}", *settings, *method],
+        env={},
+    )

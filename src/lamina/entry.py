@@ -1,0 +1,74 @@
+"""A user's own parts: the object that ``"mine.py:thing"`` names. Local Python files only, and only those named."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import sys
+import traceback
+import types
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from lamina.errors import ConfigError, LaminaError
+
+
+def is_entry(value: Any) -> bool:
+    return isinstance(value, str) and ".py:" in value
+
+
+def anchored(entry: str, base: Path) -> str:
+    """With its file as an absolute path, relative to `base`."""
+    file, _, name = entry.rpartition(":")
+    return f"{(base / Path(file).expanduser()).resolve()}:{name}"
+
+
+def short(entry: str) -> str:
+    file, _, name = entry.rpartition(":")
+    return f"{Path(file).name}:{name}"
+
+
+def thing(entry: str, where: str) -> Any:
+    """The object that ``"folder/mine.py:thing"`` names. Raises ConfigError E106."""
+    file, _, name = entry.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise ConfigError(
+            f"{entry}: no such file" if path.suffix == ".py" else f'entry {entry!r}: expected "mine.py:thing"',
+            code="E106",
+            where=where,
+            remedy="a path is relative to the TOML file, on the command line to the current folder",
+        )
+    module = _module(path.resolve(), path.stat().st_mtime_ns, where)
+    if not hasattr(module, name):
+        close = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], 1)
+        remedy = f"Did you mean {close[0]} ?" if close else None
+        raise ConfigError(f"{path.name} has no {name!r}", code="E106", where=where, remedy=remedy)
+    return getattr(module, name)
+
+
+@lru_cache(maxsize=32)
+def _module(path: Path, changed: int, where: str) -> types.ModuleType:
+    """The file as a module; as when it is run, it can import what lies beside it."""
+    name = f"lamina_entry_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # it ends with .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except LaminaError:
+        raise
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
+        raise ConfigError(
+            f"{path.name} cannot be loaded: {type(error).__name__}: {error}", code="E106", where=f"{path.name}:{line}"
+        ) from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module

@@ -1,0 +1,338 @@
+"""A run folder: what is written into it, and how it is read back.
+
+A commit appends to the jsonl files first and then makes a checkpoint that knows their lengths. Whoever goes on from
+that checkpoint cuts them to these lengths, so a row that was written by half is never read as a whole one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TextIO
+
+from safetensors.torch import save
+
+from lamina import checkpoint
+from lamina.errors import StorageError
+from lamina.federation import Federation, State
+from lamina.record import RoundRecord
+
+VERSION = 1
+LOGS = ("metrics.jsonl", "layers.jsonl", "bytes.jsonl", "events.jsonl")
+CLIENTS = "clients.jsonl"  # by choice
+_COST = 0.05  # share of the time that checkpoint_every="auto" may cost
+
+
+class Row(NamedTuple):
+    """One round as in metrics.jsonl; totals are since the start of the run."""
+
+    round: int
+    in_sync: bool
+    accuracy: float | None
+    loss: float | None
+    personal_accuracy: float | None
+    metrics: dict[str, float]
+    train_loss: float
+    lr: float
+    clients: int
+    refused: int
+    uploaded: int  # parameters of which updates were sent
+    parameters: int
+    bytes_up: int
+    bytes_down: int
+    total_up: int
+    total_down: int
+    fedavg_up: int  # in total, what FedAvg with fp32 would have sent until here
+    fedavg_down: int
+    seconds: float
+
+    @property
+    def saving(self) -> float:
+        """Share of FedAvg's bytes, both ways, that did not travel."""
+        return 1 - (self.total_up + self.total_down) / max(1, self.fedavg_up + self.fedavg_down)
+
+
+# ---- writing
+
+
+class Book:
+    """Writes a run folder."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]):
+        self.folder = folder
+        self.info = info
+        self.logs = (*LOGS, CLIENTS) if info["options"]["keep_clients_log"] else LOGS
+        self._lines: dict[str, list[str]] = {log: [] for log in self.logs}
+        self._began = time.monotonic() - info["seconds"]
+        self._committed = time.monotonic()
+        self._cost = 0.0
+        self._round = info["rounds_done"]
+
+    def round(self, state: State, record: RoundRecord, before: Row | None) -> Row:
+        t = record.round
+        self._round = state.round
+        row = Row(
+            round=t,
+            in_sync=record.in_sync,
+            accuracy=record.accuracy,
+            loss=record.loss,
+            personal_accuracy=record.personal_accuracy,
+            metrics=record.metrics,
+            train_loss=record.train_loss,
+            lr=record.lr,
+            clients=len(record.cohort),
+            refused=sum(c.refused is not None for c in record.clients),
+            uploaded=sum(layer.uploaded for layer in record.layers.values()),
+            parameters=len(record.layers),
+            bytes_up=record.bytes_up,
+            bytes_down=record.bytes_down,
+            total_up=state.bytes_up,
+            total_down=state.bytes_down,
+            fedavg_up=record.fedavg_up + (before.fedavg_up if before else 0),
+            fedavg_down=record.fedavg_down + (before.fedavg_down if before else 0),
+            seconds=round(record.seconds, 4),
+        )
+        self._put("metrics.jsonl", row._asdict())
+        for name, layer in record.layers.items():
+            said = {key: value for key, value in layer._asdict().items() if value is not None}
+            self._put("layers.jsonl", {"round": t, "layer": name, **said})
+        for traffic in record.traffic:
+            self._put("bytes.jsonl", {"round": t, **traffic._asdict()})
+        for event in record.events:
+            self._put("events.jsonl", {"event": "refused", "round": t, **event})
+        if CLIENTS in self._lines:
+            for client in record.clients:
+                self._put(CLIENTS, {"round": t, **client._asdict()})
+        best = self.info["best"]
+        if counts(row):
+            self.info["final"] = result(row)
+            if best is None or (row.accuracy or 0, -(row.loss or 0)) > (best["accuracy"] or 0, -(best["loss"] or 0)):
+                self.info["best"] = result(row)
+        return row
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        self._put("events.jsonl", event)
+
+    def _put(self, log: str, row: Mapping[str, Any]) -> None:
+        self._lines[log].append(json.dumps(finite(row), ensure_ascii=False) + "\n")
+
+    def due(self, every: int | Literal["auto"], done: int) -> bool:
+        if every != "auto":
+            return done % every == 0
+        return time.monotonic() - self._committed >= self._cost / _COST
+
+    def commit(self, state: State) -> None:
+        """Raises StorageError E401; what was committed before is intact."""
+        began = time.monotonic()
+        with storing(self.folder):
+            for log, lines in self._lines.items():
+                if lines:
+                    _append(self.folder / log, self.info["lengths"][log], "".join(lines).encode())
+        lengths = {log: os.path.getsize(self.folder / log) for log in self.logs}
+        checkpoint.commit(state, self.folder / "checkpoints", {"lengths": lengths})
+        for lines in self._lines.values():
+            lines.clear()
+        self.info |= {
+            "lengths": lengths,
+            "rounds_done": state.round,
+            "bytes_up": state.bytes_up,
+            "bytes_down": state.bytes_down,
+        }
+        with storing(self.folder):
+            self.save()
+        self._committed = time.monotonic()
+        self._cost = self._committed - began
+
+    def finish(self, fed: Federation, state: State | None, status: str, code: int) -> None:
+        if state is not None:
+            tensors = {n: x.detach().clone().contiguous() for n, x in fed.module(state).state_dict().items()}
+            self.info["final_sha256"] = state.sha256()
+            with storing(self.folder):
+                replace(self.folder / "model.safetensors", save(tensors))
+        self.info |= {"status": status, "exit_code": code, "error": None}
+        with storing(self.folder):
+            self.save()
+
+    def last_words(self, state: State | None) -> None:
+        """Commits the rounds that were done when something else failed."""
+        if state is not None and self.info["rounds_done"] < state.round:
+            with contextlib.suppress(Exception):  # what failed first is what must be said
+                self.commit(state)
+
+    def fail(self, status: str, code: int, error: str) -> None:
+        self.info |= {"status": status, "exit_code": code, "error": error}
+        with contextlib.suppress(
+            OSError
+        ):  # a full disk: then the status stays "running", and `resume` works all the same
+            self.save()
+
+    def save(self) -> None:
+        self.info["seconds"] = round(time.monotonic() - self._began, 3)
+        self.info["updated"] = now()
+        replace(self.folder / "run.json", document(self.info))
+
+
+def counts(row: Row) -> bool:
+    return row.in_sync and (row.accuracy is not None or row.loss is not None)
+
+
+def result(row: Row | None) -> dict[str, Any] | None:
+    """What run.json says of the best round and of the final one."""
+    return row and {
+        "round": row.round,
+        "accuracy": row.accuracy,
+        "loss": row.loss,
+        "personal_accuracy": row.personal_accuracy,
+        "total_up": row.total_up,
+        "total_down": row.total_down,
+    }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# ---- going on
+
+
+def restore(folder: Path, fed: Federation, known: Mapping[str, int]) -> tuple[State | None, dict[str, int], list[str]]:
+    """The newest checkpoint that is whole and whose logs are, the logs' lengths, and the damaged ones passed over."""
+    places = checkpoint.committed(folder / "checkpoints")
+    passed: list[str] = []
+    for place in reversed(places):
+        if checkpoint.intact(place):
+            state, extra = checkpoint.read(place, fed)
+            lengths: dict[str, int] = extra["lengths"]
+            if _logs_agree(folder, lengths, state):
+                return state, lengths, passed
+        passed.append(place.name)
+    if places:
+        raise StorageError(
+            f"none of {', '.join(p.name for p in places)} is whole, with the logs that belong to it",
+            code="E404",
+            where=str(folder),
+            remedy="start again: lamina run config.toml",
+        )
+    return None, dict.fromkeys(known, 0), passed  # stopped before its first commit
+
+
+def _logs_agree(folder: Path, lengths: Mapping[str, int], state: State) -> bool:
+    """Whether the logs are as long as they were, end with whole lines, and add up to the state's bytes."""
+    sums = {"up": 0, "down": 0}
+    try:
+        for log, length in lengths.items():
+            with (folder / log).open("rb") as file:
+                head = file.read(length)
+            if len(head) != length or (head and not head.endswith(b"\n")):
+                return False
+        for row in read_log(folder / "bytes.jsonl", lengths["bytes.jsonl"]):
+            sums[row["direction"]] += row["bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return sums == {"up": state.bytes_up, "down": state.bytes_down}
+
+
+# ---- files
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    try:
+        info: dict[str, Any] = json.loads((folder / "run.json").read_bytes())
+    except FileNotFoundError:
+        raise StorageError(
+            f"there is no run at {folder}", code="E403", remedy="`lamina list runs` names them"
+        ) from None
+    except ValueError as error:
+        raise StorageError(f"{folder / 'run.json'} is damaged: {error}", code="E404") from error
+    if info.get("version") != VERSION:
+        raise StorageError(f"{folder} has version {info.get('version')}, this lamina reads {VERSION}", code="E405")
+    return info
+
+
+def row_of(values: Mapping[str, Any]) -> Row:
+    return Row._make(values.get(name) for name in Row._fields)
+
+
+def read_log(path: Path, length: int) -> Iterator[dict[str, Any]]:
+    with path.open("rb") as file:
+        for line in file.read(length).splitlines():
+            yield json.loads(line)
+
+
+def _append(path: Path, at: int, blob: bytes) -> None:
+    """Writes behind the first `at` bytes; what a failed commit left there goes."""
+    with path.open("r+b") as file:
+        file.truncate(at)
+        file.seek(at)
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, blob: bytes) -> None:
+    """The old content or the new, never something between."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    return value
+
+
+def document(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def storing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+        raise StorageError(
+            f"cannot write: {error.strerror or error} ({free} bytes are free)",
+            code="E401",
+            where=str(error.filename or folder),
+            remedy="make room; what was committed is intact, and `lamina resume` goes on from it",
+        ) from error
+
+
+if sys.platform == "win32":
+
+    @contextlib.contextmanager
+    def locked(folder: Path) -> Iterator[None]:
+        yield
+
+else:
+    import fcntl
+
+    @contextlib.contextmanager
+    def locked(folder: Path) -> Iterator[None]:
+        """One process at a time; the system lets go when it ends, however it ends. Its workers do not inherit this."""
+        with storing(folder):
+            file: TextIO = (folder / ".lock").open("a")
+        with file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                raise StorageError("another process is at this run", code="E406", where=str(folder)) from None
+            except OSError:
+                pass  # a file system without locks
+            yield

@@ -1,0 +1,89 @@
+"""What a run was made with: versions, processor, working tree, command, data. Nothing secret."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lamina.engine import cores
+from lamina.federation import Federation
+
+
+def environment(fed: Federation) -> dict[str, Any]:
+    sizes = fed.data.sizes
+    return {
+        "lamina": installed("lamina"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": installed("numpy"),
+        "safetensors": installed("safetensors"),
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": cores(),
+        "torch_threads": torch.get_num_threads(),
+        "git": _git(),
+        "argv": redacted(sys.argv),
+        "data": {
+            "name": fed.data.name,
+            "partition": fed.data.partition,
+            "clients": len(fed.data),
+            "examples": int(sizes.sum()),
+            "smallest": int(sizes.min()),
+            "largest": int(sizes.max()),
+            "split_sha256": fed.data.split_sha256,
+            "fingerprint": fed.data.fingerprint,
+        },
+    }
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+_SECRET = re.compile(r"(?i)(token|secret|passw|credential|api_?key|auth)")
+
+
+def redacted(argv: Sequence[str]) -> list[str]:
+    """Values of arguments whose names say that they are secret, and credentials in addresses, as ***."""
+    shown = []
+    hide = False
+    for word in argv:
+        key, equals, _ = word.partition("=")
+        if hide or (equals and _SECRET.search(key)):
+            word = f"{key}=***" if equals and not hide else "***"
+        hide = not equals and word.startswith("-") and _SECRET.search(word) is not None
+        shown.append(re.sub(r"//[^/@\s]+@", "//***@", word))
+    return shown
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit and state of the working tree that the run was started in."""
+
+    def ask(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, timeout=5, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,401 @@
+"""What people see: tables that never cut a number, and a run as it goes.
+
+A table that does not fit drops whole columns, the least important first. Where the output is no terminal, nothing is
+fitted and nothing moves: one plain line per round.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from lamina.federation import Federation
+    from lamina.folder import Row
+    from lamina.runs import Run
+
+_UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
+
+
+def console(*, no_color: bool = False, stderr: bool = False) -> Console:
+    """NO_COLOR and the width of the terminal are respected; numbers are not coloured by guessing."""
+    return Console(no_color=no_color or None, stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def width_of(out: Console) -> int | None:
+    """Columns to fit tables into; None where nobody looks at a terminal and nobody gave COLUMNS."""
+    return out.width if out.is_terminal or "COLUMNS" in os.environ else None
+
+
+# ---- numbers and tables
+
+
+def size(n: int) -> str:
+    """Bytes with four digits: ``"664.2 MB"`` (kB = 1000 B)."""
+    return sizes([n])[0]
+
+
+def sizes(values: Sequence[int]) -> list[str]:
+    """Bytes in one unit, so that a column can be read from top to bottom."""
+    unit, factor = next((u for u in _UNITS if max(values, default=0) >= u[1]), _UNITS[-1])
+    if factor == 1:
+        return [f"{n} B" for n in values]
+    largest = max(values) / factor
+    digits = 3 if largest < 10 else 2 if largest < 100 else 1
+    return [f"{n / factor:.{digits}f} {unit}" for n in values]
+
+
+def share(x: float | None) -> str:
+    return "-" if x is None else f"{x:.4f}"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class Column(NamedTuple):
+    title: str
+    cells: Sequence[str]
+    rank: int = 0  # the highest goes first when there is no room; 0 never goes
+    left: bool = False
+
+
+def table(columns: Sequence[Column], width: int | None) -> list[str]:
+    """Lines: the titles, then the rows. At most `width` wide, if dropping columns of rank > 0 can do it."""
+    shown = list(columns)
+    while width is not None and _wide(shown) > width and any(c.rank for c in shown):
+        shown.remove(max(shown, key=lambda c: c.rank))
+    lines = []
+    for cells in [[c.title for c in shown], *zip(*(c.cells for c in shown), strict=True)]:
+        parts = [cell.ljust(_span(c)) if c.left else cell.rjust(_span(c)) for c, cell in zip(shown, cells, strict=True)]
+        lines.append("  ".join(["", *parts]).rstrip())
+    return lines
+
+
+def _span(column: Column) -> int:
+    return max(len(text) for text in (column.title, *column.cells))
+
+
+def _wide(columns: Sequence[Column]) -> int:
+    return sum(_span(c) + 2 for c in columns)
+
+
+def fields(pairs: Sequence[tuple[str, str]], width: int | None) -> list[str]:
+    """``label  text`` lines, wrapped at the dots between facts, and between words where a fact is too long."""
+    span = max(len(label) for label, _ in pairs) + 4
+    lines: list[str] = []
+    for label, text in pairs:
+        facts = text.split(" · ")
+        pieces = [f"{fact} ·" for fact in facts[:-1]] + facts[-1:]
+        room = None if width is None else width - span
+        if room is not None and max(map(len, pieces)) > room:
+            pieces = text.split(" ")
+        line = f"  {label}".ljust(span) + pieces[0]
+        for piece in pieces[1:]:
+            if width is not None and len(line) + 1 + len(piece) > width:
+                lines.append(line)
+                line = " " * span + piece
+            else:
+                line += f" {piece}"
+        lines.append(line.rstrip())
+    return lines
+
+
+# ---- a run as tables
+
+
+def comparison(rows: Sequence[dict[str, Any]], width: int | None) -> list[str]:
+    """The table of `lamina.runs.compare`, and what is common to its runs."""
+    folders = [row["run"].rstrip("/").replace("\\", "/").split("/") for row in rows]
+    plain = len({parts[-2:-1] and parts[-2] for parts in folders}) == 1
+    names = [parts[-1].split("-")[0] if plain else "/".join(parts[-2:]) for parts in folders]
+    if len(set(names)) < len(names):
+        names = [row["run"] for row in rows]
+    accuracy = any(row["accuracy"] is not None for row in rows)
+    number = "accuracy" if accuracy else "loss"
+    times = [row["vs_first"] for row in rows]
+    ups = [row["up_vs_first"] for row in rows]
+    columns = [
+        Column("run", names, left=True),
+        Column("method", [row["method"] for row in rows], left=True),
+        Column("codec", [row["codec"] for row in rows], 3, left=True),
+        Column("acc" if accuracy else "loss", [share(row[number]) for row in rows]),
+        Column("@round", [str(row["accuracy_round"]) if row[number] is not None else "-" for row in rows], 9),
+        Column("best", [share(row["best"]) for row in rows], 5),
+        Column("up", sizes([row["bytes_up"] for row in rows])),
+        Column("down", sizes([row["bytes_down"] for row in rows]), 4),
+        Column("total", sizes([row["bytes_total"] for row in rows]), 2),
+        Column("up vs first", ["-" if x is None else f"{100 * x:.1f} %" for x in ups], 6),
+        Column(f"vs {names[0]}" if plain else "vs first", ["-" if x is None else f"{x:.2f}x" for x in times], 1),
+        Column("time", [clock(row["seconds"]) for row in rows], 8),
+    ]
+    if any(row["personal_accuracy"] is not None for row in rows):
+        columns.insert(6, Column("personal", [share(row["personal_accuracy"]) for row in rows], 7))
+    if any(row["status"] != "done" for row in rows):
+        columns.append(Column("status", [row["status"] for row in rows], 7, left=True))
+    same = [f"same {word} {_same(rows, key)}" for word, key in
+            (("split", "split_sha256"), ("init", "initial_sha256"), ("torch", "torch"))]  # fmt: skip
+    return [*table(columns, width), *fields([("", " · ".join(same))], width)]
+
+
+def _same(rows: Sequence[dict[str, Any]], key: str) -> str:
+    values = {row[key] for row in rows}
+    mark = f" ({str(next(iter(values)))[:4]})" if key == "split_sha256" else ""
+    return f"yes{mark}" if len(values) == 1 else "NO"
+
+
+_ROUNDS_SHOWN = 10
+
+
+def summary(run: Run, width: int | None = 96) -> str:
+    rows = run.records
+    step = max(1, -(-len(rows) // _ROUNDS_SHOWN))
+    shown = [row for row in rows if (row.round + 1) % step == 0 or row is rows[-1]]
+    lines = []
+    if shown:
+        cells = [_cells(row) for row in shown]
+        lines = table([c._replace(cells=[line[i] for line in cells]) for i, c in enumerate(_ROUND)], width)
+    return "\n".join([*lines, *closing(run, width)])
+
+
+def closing(run: Run, width: int | None) -> list[str]:
+    """What a run came to."""
+    info, final, best = run.info, run.final, run.best
+    state = {"done": "done", "interrupted": "stopped", "failed": "failed", "running": "so far"}[info["status"]]
+    said = [f"{info['rounds_done']} of {info['rounds']} rounds in {clock(info['seconds'])}"]
+    if final is not None and final.accuracy is not None and best is not None:
+        said += [
+            f"final accuracy {share(final.accuracy)} @ {final.round}",
+            f"best {share(best.accuracy)} @ {best.round}",
+        ]
+    elif final is not None:
+        said.append(f"final loss {share(final.loss)} @ {final.round}")
+    if final is not None and final.personal_accuracy is not None:
+        said.append(f"personal {share(final.personal_accuracy)}")
+    pairs = [(state, " · ".join(said))]
+    if run.records:
+        last = run.records[-1]
+        percent = f"{100 * abs(last.saving):.1f} %"
+        against = f"{percent} {'less' if last.saving > 0 else 'more'} than FedAvg fp32"
+        if percent == "0.0 %":
+            against = "as much as FedAvg fp32"
+        pairs.append(("bytes", f"up {info['bytes_up']:,} · down {info['bytes_down']:,} · {against}"))
+        refused = sum(row.refused for row in run.records)
+        if refused:
+            pairs.append(("faults", f"{refused} updates refused (E310): events.jsonl"))
+    return fields([*pairs, ("saved", str(run.path))], width)
+
+
+# ---- a run as it goes
+
+_ROUND = [
+    Column("round", ["00000"]),
+    Column("acc", ["0.0000"]),
+    Column("loss", ["00.0000"], 3),
+    Column("sync", ["wait"], 2, left=True),
+    Column("layers", ["000/000"], 4),
+    Column("clients", ["00/00"], 6),
+    Column("up", ["0000.0 MB"]),
+    Column("down", ["0000.0 MB"]),
+    Column("vs FedAvg", ["-00.0 %"], 1),
+    Column("s/round", ["000.00"], 5),
+]
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        str(row.round),
+        share(row.accuracy),
+        share(row.loss),
+        "sync" if row.in_sync else "wait",
+        f"{row.uploaded}/{row.parameters}",
+        f"{row.clients - row.refused}/{row.clients}",
+        size(row.total_up),
+        size(row.total_down),
+        f"{-100 * row.saving:+.1f} %",
+        f"{row.seconds:.2f}",
+    ]
+
+
+def banner(run: Run, fed: Federation, width: int | None) -> list[str]:
+    import torch
+
+    info, local = run.info, fed.local
+    span = fed.data.sizes
+    work = f"{local.steps} steps" if local.steps else f"{local.epochs} epoch{'s' * (local.epochs > 1)}"
+    batch = "all" if local.batch_size is None else local.batch_size
+    sgd = f"SGD {local.lr:g}" + (f" momentum {local.momentum:g}" if local.momentum else "")
+    config = f"   config {info['config_sha256'][:8]}" if info["config_sha256"] else ""
+    workers = f" x{info['workers']}" if info["engine"] == "processes" else ""
+    most = sum(x.numel() * x.element_size() for x in fed.initial.params.values())
+    engine = f"{info['engine']}{workers} · {info['engine_reason']}"
+    pairs = [
+        ("run", f"{run.path}{config}"),
+        ("data", f"{info['data']} · {info['clients']} clients · {fed.data.partition} · "
+                 f"{int(span.min()):,}-{int(span.max()):,} examples (median {int(span.median()):,})"),
+        ("model", f"{info['parameters']:,} parameters · {size(most)} · {len(fed.layers)} tensors"),
+        ("method", f"{info['method_repr']} · cohort {info['cohort']} · {work}, batches of {batch} · {sgd}"),
+        ("wire", f"up {info['uplink']} · down {info['downlink']}"),
+        ("engine", f"{engine} · torch {torch.__version__} · seed {info['seed']}"),
+    ]  # fmt: skip
+    return fields(pairs, width)
+
+
+class Terminal:
+    """Rows above, a bar with the running totals and the time left below; plain lines where there is no terminal.
+
+    Args:
+        out: where to.
+        log_every: rounds between two lines; None: every one on plain output, about twenty in all on a terminal.
+    """
+
+    def __init__(self, out: Console | None = None, log_every: int | None = None):
+        self.out = out or console()
+        self.width = width_of(self.out)
+        self._every = log_every
+        self._live: Progress | None = None
+
+    def begin(self, run: Run, fed: Federation) -> None:
+        self._total = run.info["rounds"]
+        self._done = run.info["rounds_done"]
+        self._began = time.monotonic()
+        self._first = self._done
+        plain = not self.out.is_terminal
+        self._step = self._every or (1 if plain else max(1, self._total // 20))
+        self._say(banner(run, fed, self.width))
+        fitted = list(_ROUND)
+        while self.width is not None and _wide(fitted) > self.width and any(c.rank for c in fitted):
+            fitted.remove(max(fitted, key=lambda c: c.rank))
+        self._columns = [i for i, c in enumerate(_ROUND) if c in fitted]
+        self._say(["", self._line([c.title for c in _ROUND])])
+        if not plain:
+            bar = BarColumn(bar_width=20)
+            text = TextColumn("{task.description}", markup=False)
+            self._live = Progress(text, bar, TextColumn("{task.fields[said]}", markup=False), console=self.out)
+            self._task = self._live.add_task(self._count(), total=self._total, completed=self._done, said="")
+            self._live.start()
+
+    def round(self, row: Row) -> None:
+        self._done = row.round + 1
+        if self._done % self._step == 0 or self._done == self._total:
+            self._say([self._line(_cells(row))])
+        if self._live is not None:
+            left = (time.monotonic() - self._began) / (self._done - self._first) * (self._total - self._done)
+            pieces = [f"eta {clock(left)}", f"acc {share(row.accuracy)}", f"up {size(row.total_up)}",
+                      f"down {size(row.total_down)}", f"{-100 * row.saving:+.1f} %"]  # fmt: skip
+            room = self.out.width - len(self._count()) - 20 - 3
+            while len("  ".join(pieces)) > room and len(pieces) > 1:
+                pieces.pop()
+            self._live.update(self._task, completed=self._done, description=self._count(), said="  ".join(pieces))
+
+    def note(self, text: str) -> None:
+        self._say([f"! {text}"])
+
+    def end(self, run: Run) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        self._say(["", *closing(run, self.width), ""])
+
+    def _count(self) -> str:
+        return f"  round {self._done}/{self._total}"
+
+    def _line(self, cells: Sequence[str]) -> str:
+        parts = []
+        for i in self._columns:
+            span = _span(_ROUND[i])
+            parts.append(cells[i].ljust(span) if _ROUND[i].left else cells[i].rjust(span))
+        return "  ".join(["", *parts]).rstrip()
+
+    def _say(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.out.print(Text(line), soft_wrap=True)
+        self.out.file.flush()
+
+
+class Quiet:
+    """Only what went wrong, on the error output."""
+
+    def begin(self, run: Run, fed: Federation) -> None: ...
+
+    def round(self, row: Row) -> None: ...
+
+    def note(self, text: str) -> None:
+        print(f"! {text}", file=sys.stderr, flush=True)
+
+    def end(self, run: Run) -> None: ...
+
+
+class Objects:
+    """One JSON object per line: "begin", "round" (a row of metrics.jsonl), "note", "end" (run.json)."""
+
+    def begin(self, run: Run, fed: Federation) -> None:
+        emit({"event": "begin", "run": str(run.path), **run.info})
+
+    def round(self, row: Row) -> None:
+        emit({"event": "round", **row._asdict()})
+
+    def note(self, text: str) -> None:
+        emit({"event": "note", "text": text})
+
+    def end(self, run: Run) -> None:
+        emit({"event": "end", "run": str(run.path), **run.info})
+
+
+def emit(value: dict[str, Any]) -> None:
+    from lamina.folder import finite
+
+    print(json.dumps(finite(value), ensure_ascii=False), flush=True)
+
+
+# ---- data on its way
+
+
+class Fetching:
+    """Shows how far a data set has come; usable as the `progress` of `lamina.data`."""
+
+    def __init__(self, out: Console, objects: bool = False):
+        self.out = out
+        self.objects = objects
+        self._bars: Progress | None = None
+        self._stage: tuple[str, str] | None = None
+
+    def __enter__(self) -> Callable[[str, str, int, int], None]:
+        return self._report
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _report(self, name: str, stage: str, done: int, total: int) -> None:
+        new = (name, stage) != self._stage
+        self._stage = (name, stage)
+        if self.objects:
+            if new:
+                emit({"event": "fetch", "data": name, "stage": stage, "total": total})
+        elif not self.out.is_terminal:
+            if new:
+                self.out.print(Text(f"  {name}: {stage}" + (f" {size(total)}" if total else "")), soft_wrap=True)
+        else:
+            if self._bars is None:
+                said = TextColumn("{task.fields[said]}", markup=False)
+                self._bars = Progress(
+                    TextColumn("{task.description}", markup=False), BarColumn(20), said, console=self.out
+                )
+                self._bars.start()
+            if new:
+                for task in self._bars.task_ids:
+                    self._bars.remove_task(task)
+                self._bars.add_task(f"  {name}: {stage}", total=total or None, said="")
+            said_now = f"{size(done)} of {size(total)}" if total else ""
+            self._bars.update(self._bars.task_ids[-1], completed=done, total=total or None, said=said_now)

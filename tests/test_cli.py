@@ -1,0 +1,377 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner, Result
+
+from lamina import cli, runs, terminal
+from lamina.config import build, load
+from lamina.runs import Run
+from lamina.terminal import Column, comparison, fields, sizes, summary, table
+
+QUICK = ("engine=loop", "model.widths=[64, 12, 10]", "local.epochs=1")
+
+
+def lamina(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-m", "lamina.cli", *arguments], stdout=pipe, stderr=pipe, text=True, **options
+    )
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LAMINA_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    return tmp_path / "runs"
+
+
+def objects(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# ---- run, resume
+
+
+def test_run_prints_a_line_per_round_and_the_exact_bytes(root: Path) -> None:
+    result = lamina("run", "quickstart", "rounds=4", "method=fedlama", *QUICK)
+    assert result.exit_code == 0, result.output
+    run = Run.open(root / "quickstart" / "001-fedlama")
+    assert f"up {run.info['bytes_up']:,} · down {run.info['bytes_down']:,}" in result.stdout
+    assert [line.split()[0] for line in result.stdout.splitlines() if " sync " in line or " wait " in line][1:] == list(
+        "0123"
+    )
+    assert str(run.path) in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_run_prints_every_nth_line_where_that_is_asked_for() -> None:
+    result = lamina("run", "quickstart", "rounds=6", "run.log_every=3", *QUICK)
+    assert sum(" sync " in line for line in result.stdout.splitlines()) == 1 + 2
+
+
+def test_json_is_one_object_a_line_and_nothing_else(root: Path) -> None:
+    result = lamina("run", "quickstart", "rounds=3", "--json", *QUICK)
+    rows = objects(result)
+    assert [row["event"] for row in rows] == ["begin", "round", "round", "round", "end"]
+    assert rows[-1]["status"] == "done"
+    assert rows[-1]["bytes_up"] == rows[-2]["total_up"]
+    assert objects(lamina("resume", rows[0]["run"], "--json"))[-1]["status"] == "done"
+
+
+def test_quiet_says_only_where_the_run_lies(root: Path) -> None:
+    result = lamina("run", "quickstart", "rounds=1", "--quiet", *QUICK)
+    assert result.stdout == f"{root / 'quickstart' / '001-fedavg'}\n"
+
+
+def test_the_run_dir_option_moves_the_runs(tmp_path: Path) -> None:
+    lamina("run", "quickstart", "rounds=1", "--run-dir", str(tmp_path / "there"), *QUICK)
+    assert (tmp_path / "there" / "quickstart" / "001-fedavg" / "run.json").is_file()
+    assert (tmp_path / "there" / "latest").resolve().name == "001-fedavg"
+
+
+def test_a_run_folder_can_be_run_again_from_its_config(root: Path) -> None:
+    lamina("run", "quickstart", "rounds=3", "method=fedlama", *QUICK)
+    lamina("run", str(root / "quickstart" / "001-fedlama" / "config.toml"))
+    first, second = Run.open(root / "quickstart" / "001-fedlama"), Run.open(root / "quickstart" / "002-fedlama")
+    assert first.info["final_sha256"] == second.info["final_sha256"]
+
+
+def test_resume_goes_on_for_more_rounds_and_refuses_other_keys(root: Path) -> None:
+    lamina("run", "quickstart", "rounds=2", *QUICK)
+    result = lamina("resume", "001", "rounds=4")
+    assert result.exit_code == 0, result.output
+    assert "4 of 4 rounds" in result.stdout
+    assert "is done" in lamina("resume", "latest").stdout
+    refused = lamina("resume", "001", "cohort=4")
+    assert refused.exit_code == 5
+    assert "E405  cohort cannot change in a run that has begun  [command line, argument 2]" in refused.stderr
+
+
+def test_show_config_prints_and_stops(root: Path) -> None:
+    result = lamina("run", "quickstart", "rounds=3", "--show-config", "changed")
+    assert any(
+        line.split() == ["rounds", "=", "3", "command", "line,", "argument", "2"] for line in result.stdout.splitlines()
+    )
+    assert "rounds = 3 " in lamina("run", "quickstart", "rounds=3", "--show-config", "all").stdout
+    assert not root.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process")
+def test_control_c_leaves_a_run_that_goes_on_and_no_process(root: Path) -> None:
+    """The real program with worker processes, interrupted once, then twice, in the middle of a run."""
+    keys = ("rounds=30", "workers=2", "method=fedlama")
+    straight = lamina("run", "quickstart", "engine=loop", *keys, "--quiet").stdout.strip()
+    for number, signals in ((2, 1), (3, 2)):
+        with program("run", "quickstart", "engine=processes", *keys) as going:
+            assert going.stdout is not None
+            for line in going.stdout:
+                if line.split()[:1] == ["6"]:
+                    break
+            children = _children(going.pid)
+            for _ in range(signals):
+                going.send_signal(signal.SIGINT)
+            _, err = going.communicate(timeout=60)
+        assert going.returncode == 130, err
+        assert not [pid for pid in children if Path(f"/proc/{pid}/stat").exists()]
+        stopped = Run.open(root / "quickstart" / f"{number:03d}-fedlama")
+        assert stopped.info["status"] == "interrupted"
+        resumed = lamina("resume", str(number))
+        assert resumed.exit_code == 0, resumed.output
+        assert Run.open(stopped.path).info["final_sha256"] == Run.open(straight).info["final_sha256"]
+
+
+def _children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("run", "quickstart", "method=fedlama", "method.phy=4"), 2, "Did you mean  method.phi ?"),
+        (("run", "quickstart", "rounds=many"), 2, "E103  rounds: expected a whole number >= 1, got 'many'"),
+        (("run", "quickstrat"), 2, "Did you mean quickstart ?"),
+        (("run", "quickstart", "cohort=11"), 2, "E112"),
+        (("run", "quickstart", "local.lr=1e30", "local.momentum=0.9", "engine=loop"), 4, "E310"),
+        (("compare", "nothing"), 5, "E403"),
+        (("resume", "nothing"), 5, "E403"),
+        (("list", "things"), 2, "expected one of methods"),
+        (("data", "fetch", "mnis"), 2, "did you mean 'mnist'?"),
+        (("run",), 2, "Missing argument"),
+        (("fly",), 2, "No such command"),
+    ],
+)
+def test_errors_go_to_the_error_output_with_their_exit_code(arguments: tuple[str, ...], code: int, said: str) -> None:
+    result = lamina(*arguments)
+    assert result.exit_code == code
+    assert said in result.stderr
+    assert said not in result.stdout
+
+
+def test_a_crash_is_one_line_that_names_crash_txt(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, row: Any) -> None:
+        raise ZeroDivisionError("on\npurpose")
+
+    monkeypatch.setattr(terminal.Terminal, "round", broken)
+    result = lamina("run", "quickstart", "rounds=2", *QUICK)
+    assert result.exit_code == 4
+    (line,) = result.stderr.strip().splitlines()
+    folder = root / "quickstart" / "001-fedavg"
+    assert line.startswith("E300  ZeroDivisionError: on purpose")
+    assert str(folder) in line
+    assert "crash.txt" in line
+    assert (folder / "crash.txt").is_file()
+
+
+# ---- compare
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    made = []
+    for method in ("fedavg", "fedlama"):
+        path = tmp_path_factory.mktemp("pair") / f"00{len(made) + 1}-{method}"
+        config = load("quickstart", [*QUICK, f"method={method}", "rounds=6"], {})
+        made.append(runs.fit(build(config), 6, path, config=config, progress=False).path)
+    return made[0], made[1]
+
+
+def test_compare_prints_accuracy_bytes_and_the_factor(pair: tuple[Path, Path]) -> None:
+    result = lamina("compare", *map(str, pair))
+    assert result.exit_code == 0, result.output
+    title, first, second, same = result.stdout.splitlines()
+    assert title.split()[:4] == ["run", "method", "codec", "acc"]
+    assert first.split()[1:3] == ["fedavg", "fp32"]
+    assert "1.00x" in first
+    assert "x" in second
+    assert "same split yes" in same
+    assert "same init yes" in same
+
+
+def test_compare_in_other_forms_has_the_exact_numbers(pair: tuple[Path, Path]) -> None:
+    info = Run.open(pair[1]).info
+    rows = objects(lamina("compare", *map(str, pair), "--json"))
+    assert rows[1]["bytes_up"] == info["bytes_up"]
+    table_ = list(csv.DictReader(io.StringIO(lamina("compare", *map(str, pair), "--csv").stdout)))
+    assert int(table_[1]["bytes_up"]) == info["bytes_up"]
+    lines = lamina("compare", *map(str, pair), "--md").stdout.splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[1].startswith("|---|")
+
+
+def test_compare_refuses_other_splits_unless_forced(pair: tuple[Path, Path], root: Path) -> None:
+    lamina("run", "quickstart", "data.seed=1", "rounds=1", *QUICK)
+    refused = lamina("compare", str(pair[0]), "001")
+    assert refused.exit_code == 2
+    assert "E109" in refused.stderr
+    forced = lamina("compare", str(pair[0]), "001", "--force")
+    assert forced.exit_code == 0
+    assert "same split NO" in forced.stdout
+
+
+def test_runs_are_named_by_number_and_range(root: Path) -> None:
+    for _ in range(3):
+        lamina("run", "quickstart", "rounds=1", "--quiet", *QUICK)
+    assert len(objects(lamina("compare", "001-003", "--json"))) == 3
+    assert objects(lamina("compare", "2", "--json"))[0]["run"].endswith("002-fedavg")
+    assert len(objects(lamina("list", "runs", "--json"))) == 3
+
+
+# ---- list, data, doctor
+
+
+@pytest.mark.parametrize("what", cli.LISTS)
+def test_lists_have_a_table_and_objects(what: str) -> None:
+    assert lamina("list", what).exit_code == 0
+    rows = objects(lamina("list", what, "--json"))
+    assert all("name" in row or "run" in row for row in rows)
+    assert rows or what == "runs"
+
+
+def test_methods_are_listed_with_what_they_take() -> None:
+    rows = {row["name"]: row for row in objects(lamina("list", "methods", "--json"))}
+    assert rows["fedlama"]["takes"] == "phi=2, warmup=0"
+    assert rows["fedlama"]["about"].startswith("FedLAMA: layers that diverge little")
+    assert "centralised" in rows
+
+
+def test_doctor_and_data_list() -> None:
+    assert "torch" in objects(lamina("doctor", "--json"))[0]
+    assert "engine" in lamina("doctor").stdout
+    assert {row["name"] for row in objects(lamina("data", "list", "--json"))} >= {"digits", "cifar10", "hapt"}
+
+
+def test_the_command_line_itself_imports_nothing_heavy() -> None:
+    """`lamina --help` must come at once: cli.py and errors.py import only the standard library and typer."""
+    light = set(sys.stdlib_module_names) | {"typer"}
+    for name in ("cli", "errors"):
+        tree = ast.parse(Path(cli.__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert all(module.split(".")[0] in light or module == "lamina.errors" for module in found)
+
+
+def test_help_and_version() -> None:
+    assert lamina("--help").exit_code == 0
+    assert lamina("--version").stdout.startswith("lamina ")
+
+
+# ---- tables
+
+
+ROWS = [
+    {
+        "run": f"runs/cifar10-resnet20/{i:03d}-{method}", "method": method, "codec": codec, "status": "done",
+        "rounds": 200, "accuracy": 0.78411, "loss": 0.7, "accuracy_round": 199, "best": 0.79, "best_round": 188,
+        "personal_accuracy": None, "bytes_up": up, "bytes_down": 2_180_443_918, "bytes_total": up + 2_180_443_918,
+        "vs_first": 4_360_000_000 / (up + 2_180_443_918), "up_vs_first": up / 2_180_000_000, "seconds": 3912.0,
+        "split_sha256": "5a1c", "initial_sha256": "x", "torch": "2.13.0",
+    }
+    for i, (method, codec, up) in enumerate(
+        [("fedavg", "fp32", 2_180_000_000), ("fedlama+fedadam", "topk:0.01:global:sign / fp16", 64_201_336)], start=1
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_a_table_drops_columns_and_never_cuts_a_number(width: int) -> None:
+    lines = comparison(ROWS, width)
+    assert all(len(line) <= width for line in lines)
+    assert "…" not in "".join(lines)
+    full = comparison(ROWS, None)
+    cells = {word for line in full for word in line.split()}
+    for line in lines[1:3]:
+        assert set(line.split()) <= cells
+    assert "64.2" in lines[2] or "0.064 GB" in lines[2]
+    assert "0.7841" in lines[1]
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+@pytest.mark.parametrize("terminal_", [True, False])
+def test_a_run_on_the_screen_fits_and_cuts_nothing(width: int, terminal_: bool, tmp_path: Path) -> None:
+    text = io.StringIO()
+    out = Console(
+        file=text, width=width, force_terminal=terminal_, no_color=True, highlight=False, legacy_windows=False
+    )
+    config = load("quickstart", [*QUICK, "rounds=4", "method=fedlama"], {})
+    watcher = terminal.Terminal(out)
+    runs.fit(build(config), 4, tmp_path / "a", config=config, progress=watcher)
+    said = text.getvalue()
+    assert "…" not in said
+    if terminal_:
+        drawn = re.split(r"\n|\x1b\[2K", said)  # a line is erased before a row takes its place
+        tables = [
+            line for line in (re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", x) for x in drawn) if line[:7].strip().isdigit()
+        ]
+        assert len(tables) == 4
+        assert all(len(line) <= width for line in tables)
+    else:
+        assert "\x1b" not in said
+        assert "s/round" in said
+    assert "4 of 4 rounds" in said
+
+
+def test_no_color_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert terminal.console().no_color
+    monkeypatch.delenv("NO_COLOR")
+    assert terminal.console(no_color=True).no_color
+    assert not terminal.console().no_color
+
+
+def test_a_column_of_bytes_has_one_unit() -> None:
+    """kB = 1000 B; four digits for the largest."""
+    assert sizes([2_180_000_000, 64_201_336]) == ["2.180 GB", "0.064 GB"]
+    assert sizes([999]) == ["999 B"]
+    assert sizes([27_084_000]) == ["27.08 MB"]
+    assert sizes([]) == []
+
+
+def test_columns_of_rank_zero_stay() -> None:
+    columns = [Column("a", ["1" * 30]), Column("b", ["2" * 30], 1), Column("c", ["3" * 30], 2)]
+    assert len(table(columns, 70)[1].split()) == 2
+    assert table(columns, 10)[1].split() == ["1" * 30]
+    assert len(table(columns, None)[1].split()) == 3
+
+
+def test_fields_wrap_between_words() -> None:
+    lines = fields([("bytes", "up 664,201,336 · down 743,118,902")], 30)
+    assert all(len(line) <= 30 for line in lines)
+    assert "664,201,336" in lines[0]
+    assert "743,118,902" in lines[1]
+
+
+def test_a_summary_is_thinned_and_says_the_totals(pair: tuple[Path, Path]) -> None:
+    text = summary(Run.open(pair[0]))
+    assert "6 of 6 rounds" in text
+    assert len(text.splitlines()) <= 15
+
+
+def test_a_pipe_that_nobody_reads_is_no_crash() -> None:
+    with program("list", "models") as going:
+        assert going.stdout is not None
+        assert going.stderr is not None
+        going.stdout.close()
+        assert "Traceback" not in going.stderr.read()

@@ -1,0 +1,108 @@
+"""The public surface, pinned: a script that works today works tomorrow. Extend it here, knowingly."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+
+import lamina
+
+NAMES = [
+    "METHODS", "Chain", "ClientData", "ClientRecord", "ConfigError", "DataError", "ErrorFeedback", "FedAdagrad",
+    "FedAdam", "FedAvg", "FedAvgM", "FedLAMA", "FedProx", "FedYogi", "Federation", "LaminaError", "Layer",
+    "LayerRecord", "LocalOnly", "LocalSGD", "Message", "Method", "Params", "Plan", "RoundRecord", "Run", "RunError",
+    "Scaffold", "State", "StorageError", "Task", "Traffic", "WireError", "Work", "data", "models", "run", "wire",
+]  # fmt: skip
+
+ARGUMENTS: dict[Any, str] = {
+    lamina.Federation: "model data method uplink downlink local cohort weights buffers loss metrics aggregate seed "
+    "engine workers diagnostics through_bytes",
+    lamina.Federation.run: "self rounds state evaluate_every",
+    lamina.Federation.fit: "self rounds out options",
+    lamina.Federation.evaluate: "self state horizon engine",
+    lamina.Federation.module: "self state",
+    lamina.run: "fed state rounds evaluate_every",
+    lamina.LocalSGD: "lr momentum weight_decay batch_size epochs steps schedule clip",
+    lamina.ClientData.from_clients: "clients test client_tests transform name",
+    lamina.ClientData.from_dataset: "train test clients partition seed transform name columns",
+    lamina.FedAvg: "",
+    lamina.FedProx: "mu",
+    lamina.Scaffold: "approximate",
+    lamina.FedAvgM: "lr momentum",
+    lamina.FedAdagrad: "lr eps",
+    lamina.FedAdam: "lr b1 b2 eps",
+    lamina.FedYogi: "lr b1 b2 eps",
+    lamina.ErrorFeedback: "",
+    lamina.FedLAMA: "phi warmup",
+    lamina.LocalOnly: "",
+    lamina.Chain: "methods",
+    lamina.wire.Dense: "values",
+    lamina.wire.TopK: "density scope values keep",
+    lamina.wire.RandomK: "density values",
+    lamina.wire.encode: "tree codec mask reference context",
+    lamina.wire.decode: "blob like mask reference max_bytes",
+    lamina.models.mlp: "widths activation bias",
+}
+
+DEFAULTS: dict[Any, dict[str, Any]] = {
+    lamina.LocalSGD: {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 1},
+    lamina.FedProx: {"mu": 0.01},
+    lamina.FedAvgM: {"lr": 1.0, "momentum": 0.9},
+    lamina.FedAdagrad: {"lr": 1e-2, "eps": 1e-3},
+    lamina.FedAdam: {"lr": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-3},
+    lamina.FedLAMA: {"phi": 2, "warmup": 0},
+    lamina.wire.Dense: {"values": "fp32"},
+    lamina.wire.TopK: {"scope": "layer", "values": "fp32", "keep": "exact"},
+    lamina.Federation: {
+        "cohort": "all", "weights": "examples", "buffers": "average", "loss": "cross_entropy", "aggregate": "mean",
+        "seed": 0, "engine": "auto", "workers": None,
+    },
+}  # fmt: skip
+
+RECORD = [
+    "round", "cohort", "in_sync", "bytes_up", "bytes_down", "seconds", "layers", "traffic", "clients", "train_loss",
+    "lr", "accuracy", "loss", "personal_accuracy", "metrics", "events", "fedavg_up", "fedavg_down",
+]  # fmt: skip
+LAYER = [
+    "uploaded", "interval", "bytes_up", "bytes_down", "update_norm", "divergence", "divergence_std", "alignment",
+    "discrepancy", "inertia", "density",
+]  # fmt: skip
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(lamina.__all__) == sorted(NAMES)
+    assert all(hasattr(lamina, name) for name in NAMES)
+
+
+def test_the_hooks_of_a_method_are_these() -> None:
+    hooks = [name for name, x in vars(lamina.Method).items() if inspect.isfunction(x) and not name.startswith("_")]
+    assert " ".join(hooks) == "bind init init_client probe setup plan begin correct report settle step observe has"
+
+
+@pytest.mark.parametrize("what", ARGUMENTS, ids=lambda x: x.__qualname__)
+def test_arguments_keep_their_names_and_order(what: Any) -> None:
+    assert list(inspect.signature(what).parameters) == ARGUMENTS[what].split()
+
+
+@pytest.mark.parametrize("what", DEFAULTS, ids=lambda x: x.__qualname__)
+def test_arguments_keep_their_defaults(what: Any) -> None:
+    found = {name: p.default for name, p in inspect.signature(what).parameters.items()}
+    assert {name: found[name] for name in DEFAULTS[what]} == DEFAULTS[what]
+
+
+def test_records_keep_their_columns() -> None:
+    assert list(lamina.RoundRecord.__dataclass_fields__) == RECORD
+    assert list(lamina.LayerRecord._fields) == LAYER
+    assert lamina.Layer._fields == ("name", "kind", "role", "shape")
+    assert lamina.Traffic._fields == ("phase", "direction", "layer", "bytes")
+
+
+def test_methods_are_found_by_name() -> None:
+    assert {name: cls.__name__.lower() for name, cls in lamina.METHODS.items()} == {n: n for n in lamina.METHODS}
+    assert all(getattr(lamina, cls.__name__) is cls for cls in lamina.METHODS.values())
+
+
+def test_there_is_a_version() -> None:
+    assert lamina.__version__.count(".") == 2

@@ -1,0 +1,392 @@
+"""Run folders: what they hold, that their sums are exact, and that going on is as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lamina import FedLAMA, State, StorageError, checkpoint, folder, runs
+from lamina.config import build, load
+from lamina.errors import ConfigError, RunError
+from lamina.machine import redacted
+from lamina.runs import Interrupted, Run, Watcher, compare, fit, new_folder, resume
+
+SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
+
+
+def make(path: Path, *arguments: str, rounds: int = 4, progress: Any = False, **options: Any) -> Run:
+    config = load("quickstart", [*SMALL, f"rounds={rounds}", *arguments], {})
+    return fit(build(config), rounds, path, config=config, progress=progress, **options)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines(path / "metrics.jsonl")]
+
+
+def by_layer(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    return {(row["round"], row["layer"]): row for row in lines(path / "layers.jsonl")}
+
+
+class Stop:
+    """Stops the run after so many rounds, in one of the ways runs are stopped."""
+
+    def __init__(self, after: int, how: str):
+        self.after = after
+        self.how = how
+        self.notes: list[str] = []
+
+    def begin(self, run: Run, fed: Any) -> None: ...
+    def end(self, run: Run) -> None: ...
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def round(self, row: Any) -> None:
+        if row.round + 1 != self.after:
+            return
+        if self.how == "crash":
+            raise ZeroDivisionError("on purpose")
+        os.kill(os.getpid(), signal.SIGINT)
+        if self.how == "twice":
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_folder_holds_everything_about_a_run(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "method=fedlama", "run.keep_clients_log=true", keep_clients_log=True)
+    names = {path.name for path in run.path.iterdir()}
+    assert names >= {"config.toml", "env.json", "run.json", "metrics.jsonl", "layers.jsonl", "bytes.jsonl"}
+    assert names >= {"events.jsonl", "clients.jsonl", "checkpoints", "model.safetensors"}
+    info = json.loads((run.path / "run.json").read_text())
+    assert (info["status"], info["exit_code"], info["rounds_done"]) == ("done", 0, 4)
+    assert info["engine"] == "loop"
+    assert info["engine_reason"] == "asked for"
+    assert info["final_sha256"] == run.state.sha256()
+    env = json.loads((run.path / "env.json").read_text())
+    assert env["torch"] == torch.__version__
+    assert env["data"]["clients"] == 6
+    assert len(lines(run.path / "metrics.jsonl")) == len(run.records) == 4
+    assert len(lines(run.path / "layers.jsonl")) == 4 * 4
+    assert len(lines(run.path / "clients.jsonl")) == 4 * 3
+    assert {path.name for path in (run.path / "checkpoints").iterdir()} <= {f"round-{i:06d}" for i in range(1, 5)}
+
+
+def test_the_rows_of_bytes_jsonl_add_up_to_the_totals(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "method=fedlama", "uplink=topk:0.1", rounds=5)
+    sums: Counter[str] = Counter()
+    for row in lines(run.path / "bytes.jsonl"):
+        sums[row["direction"]] += row["bytes"]
+    assert sums == {"up": run.info["bytes_up"], "down": run.info["bytes_down"]}
+    assert sums == {"up": run.records[-1].total_up, "down": run.records[-1].total_down}
+    assert sums["up"] == run.state.bytes_up
+
+
+def test_the_model_file_is_the_whole_state_dict_of_the_module(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", 'model={name="mlp", widths=[64, 12, 10]}')
+    model = build(load(run.path, env={})).model
+    model.load_state_dict(load_file(run.path / "model.safetensors"))
+    assert not run.model.training
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+        assert torch.equal(tensor, run.state.params[name])
+
+
+def test_best_and_final_are_rounds_in_sync(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "method=fedlama", "method.phi=4", rounds=11)
+    waiting = [row for row in run.records if not row.in_sync]
+    assert waiting
+    assert run.final is not None
+    assert run.best is not None
+    assert not run.records[-1].in_sync
+    assert run.final.round == 7
+    assert run.best.in_sync
+    assert run.info["final"]["round"] == 7
+    assert "@ 7" in run.summary()
+
+
+def test_a_config_written_into_the_folder_makes_the_same_run_again(tmp_path: Path) -> None:
+    first = make(tmp_path / "first", "method=fedlama", "seed=3")
+    config = load(first.path / "config.toml", env={})
+    again = fit(build(config), config.rounds, tmp_path / "again", config=config, progress=False)
+    assert again.info["final_sha256"] == first.info["final_sha256"]
+    assert timeless(again.path) == timeless(first.path)
+    assert again.info["config_sha256"] == first.info["config_sha256"]
+
+
+# ---- stopping and going on
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make(tmp_path_factory.mktemp("whole") / "run", *LONG, rounds=9)
+
+
+LONG = ("method=fedlama", "method.phi=3", "local.schedule=cosine", "uplink=topk:0.2")
+
+
+def same(run: Run, whole: Run) -> None:
+    assert run.info["status"] == "done"
+    assert run.info["final_sha256"] == whole.info["final_sha256"]
+    assert timeless(run.path) == timeless(whole.path)
+    assert (run.path / "bytes.jsonl").read_bytes() == (whole.path / "bytes.jsonl").read_bytes()
+    assert by_layer(run.path) == by_layer(whole.path)
+    assert (run.info["best"], run.info["final"]) == (whole.info["best"], whole.info["final"])
+
+
+@pytest.mark.parametrize("after", [1, 3, 5])
+def test_control_c_finishes_the_round_and_the_run_goes_on_as_if_nothing_had_been(
+    after: int, whole: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted) as caught:
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(after, "once"), checkpoint_every=100)
+    stopped = caught.value.run
+    assert (stopped.info["status"], stopped.info["exit_code"]) == ("interrupted", 130)
+    assert Run.open(tmp_path / "run").info["rounds_done"] == after
+    assert len(Run.open(tmp_path / "run").records) == after
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_control_c_twice_stops_at_once_and_keeps_the_last_commit(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(4, "twice"), checkpoint_every=2)
+    info = Run.open(tmp_path / "run").info
+    assert (info["status"], info["rounds_done"]) == ("interrupted", 2)
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_a_crash_keeps_the_rounds_that_were_done_and_writes_crash_txt(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError) as caught:
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(4, "crash"), checkpoint_every=100)
+    assert "crash.txt" in caught.value.__notes__[0]
+    assert "on purpose" in (tmp_path / "run" / "crash.txt").read_text()
+    info = Run.open(tmp_path / "run").info
+    assert (info["status"], info["exit_code"], info["rounds_done"]) == ("failed", 4, 4)
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_more_rounds_can_be_asked_for(whole: Run, tmp_path: Path) -> None:
+    arguments = ("method=fedlama", "method.phi=3")
+    make(tmp_path / "short", *arguments, rounds=3)
+    longer = resume(tmp_path / "short", 6, progress=False)
+    straight = make(tmp_path / "straight", *arguments, rounds=6)
+    assert longer.info["final_sha256"] == straight.info["final_sha256"]
+    assert load(longer.path, env={}).rounds == 6
+    assert resume(tmp_path / "short", progress=False).info["rounds_done"] == 6
+    with pytest.raises(ConfigError, match="has done 6"):
+        resume(tmp_path / "short", 4, progress=False)
+
+
+def test_rows_behind_the_last_commit_are_cut_off(whole: Run, tmp_path: Path) -> None:
+    """As after kill -9 between the logs and the checkpoint, with a last line written by half."""
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(4, "once"))
+    for log in ("metrics.jsonl", "bytes.jsonl", "layers.jsonl"):
+        with (tmp_path / "run" / log).open("a") as file:
+            file.write('{"round": 4, "direction": "up", "bytes": 1}\n{"round": 4, "dire')
+    assert len(Run.open(tmp_path / "run").records) == 4
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_it_is_said(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(5, "once"), checkpoint_every=1)
+    newest = checkpoint.committed(tmp_path / "run" / "checkpoints")[-1] / "model.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    watcher = Stop(0, "")
+    run = resume(tmp_path / "run", progress=watcher)
+    assert "E404  round-000005 is damaged" in watcher.notes[0]
+    assert [e["event"] for e in lines(run.path / "events.jsonl")] == ["passed over", "resumed"]
+    assert run.info["final_sha256"] == whole.info["final_sha256"]
+    assert timeless(run.path) == timeless(whole.path)
+
+
+def test_logs_that_do_not_belong_to_the_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(2, "once"), checkpoint_every=100)
+    text = (tmp_path / "run" / "bytes.jsonl").read_text()
+    (tmp_path / "run" / "bytes.jsonl").write_text(text.replace('"bytes": 3', '"bytes": 4'))
+    with pytest.raises(StorageError, match="none of round-000002 is whole") as caught:
+        resume(tmp_path / "run", progress=False)
+    assert caught.value.code == "E404"
+    (tmp_path / "run" / "bytes.jsonl").write_text(text)
+    resume(tmp_path / "run", progress=False)
+
+
+def test_a_run_that_was_stopped_before_its_first_commit_begins_again(whole: Run, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "run", *LONG, rounds=9, progress=Stop(1, "twice"), checkpoint_every=100)
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_other_data_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", progress=Stop(1, "once"))
+    text = (tmp_path / "run" / "config.toml").read_text()
+    (tmp_path / "run" / "config.toml").write_text(text.replace("clients = 6", "clients = 7"))
+    with pytest.raises(StorageError) as caught:
+        resume(tmp_path / "run", progress=False)
+    assert caught.value.code == "E405"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
+def test_two_processes_cannot_be_at_one_run(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", progress=Stop(1, "once"))
+    held = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    command = [sys.executable, "-c", held, str(tmp_path / "run" / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(StorageError) as caught:
+            resume(tmp_path / "run", progress=False)
+        other.communicate(b"\n")
+    assert caught.value.code == "E406"
+    assert resume(tmp_path / "run", progress=False).info["status"] == "done"
+
+
+@pytest.mark.parametrize("victim", ["metrics.jsonl", "checkpoint"])
+def test_a_full_disk_stops_cleanly_and_the_last_commit_is_intact(
+    victim: str, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    count = 0
+
+    def failing(original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == 13:  # in the third commit or so
+                raise full
+            return original(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        if victim == "checkpoint":
+            patch.setattr(checkpoint, "_write", failing(checkpoint._write))
+        else:
+            patch.setattr(folder, "_append", failing(folder._append))
+        with pytest.raises(StorageError) as caught:
+            make(tmp_path / "run", *LONG, rounds=9, checkpoint_every=1)
+    assert (caught.value.code, caught.value.exit_code) == ("E401", 5)
+    info = Run.open(tmp_path / "run").info
+    assert info["status"] == "failed"
+    assert 1 <= info["rounds_done"] < 9
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
+def test_a_run_that_diverges_says_so_and_keeps_its_status(tmp_path: Path) -> None:
+    with pytest.raises(RunError):
+        make(tmp_path / "run", "local.lr=1e30", "local.momentum=0.9")
+    info = Run.open(tmp_path / "run").info
+    assert (info["status"], info["exit_code"]) == ("failed", 4)
+    assert "E310" in info["error"]
+    assert not (tmp_path / "run" / "crash.txt").exists()
+
+
+# ---- folders
+
+
+def test_folders_are_numbered_and_the_latest_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_RUNS", str(tmp_path / "elsewhere"))
+    first, second = new_folder("digits", "fedavg"), new_folder("digits", "fedlama")
+    assert (first.name, second.name) == ("001-fedavg", "002-fedlama")
+    assert first.parent == tmp_path / "elsewhere" / "digits"
+    assert (tmp_path / "elsewhere" / "latest").resolve() == second.resolve()
+    assert new_folder("../../x y", "fedavg", tmp_path).parent == tmp_path / "x-y"
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:
+    make(tmp_path / "run", rounds=1)
+    with pytest.raises(StorageError) as caught:
+        make(tmp_path / "run", rounds=1)
+    assert caught.value.code == "E402"
+    with pytest.raises(StorageError) as caught:
+        Run.open(tmp_path / "nothing")
+    assert caught.value.code == "E403"
+
+
+def test_a_run_from_python_can_be_gone_on_with_by_its_federation(tmp_path: Path) -> None:
+    def fed() -> Any:
+        return build(load("quickstart", [*SMALL], {}))
+
+    with pytest.raises(Interrupted):
+        fit(fed(), 3, tmp_path / "run", progress=Stop(1, "once"))
+    with pytest.raises(StorageError, match="fed=fed"):
+        resume(tmp_path / "run", progress=False)
+    assert resume(tmp_path / "run", fed=fed(), progress=False).info["status"] == "done"
+    opened = Run.open(tmp_path / "run", fed=fed())
+    assert isinstance(opened.state, State)
+    assert opened.state.sha256() == opened.info["final_sha256"]
+
+
+def test_fit_is_a_method_of_the_federation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = build(load("quickstart", SMALL, {})).fit(rounds=2, out=tmp_path / "run")
+    assert len(run.records) == 2
+    assert "2 of 2 rounds" in capsys.readouterr().out
+
+
+def test_control_c_outside_the_main_thread_is_left_alone(tmp_path: Path) -> None:
+    made: list[Run] = []
+    thread = threading.Thread(target=lambda: made.append(make(tmp_path / "run", rounds=1)))
+    thread.start()
+    thread.join()
+    assert made[0].info["status"] == "done"
+
+
+def test_a_run_that_ends_with_layers_waiting_says_so(tmp_path: Path) -> None:
+    watcher: Watcher = Stop(0, "")
+    make(tmp_path / "run", "method=fedlama", "method.phi=3", rounds=4, progress=watcher)
+    assert "no multiple of 3" in watcher.notes[0]  # type: ignore[attr-defined]
+
+
+def test_secrets_on_the_command_line_are_not_written_down() -> None:
+    argv = ["lamina", "run", "x", "data.token=abc", "--password", "def", "https://me:pw@host/x", "rounds=3"]
+    assert redacted(argv) == [
+        "lamina",
+        "run",
+        "x",
+        "data.token=***",
+        "--password",
+        "***",
+        "https://***@host/x",
+        "rounds=3",
+    ]
+
+
+# ---- comparing
+
+
+def test_comparing_needs_the_same_split(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "1", rounds=8), make(tmp_path / "2", "method=fedlama", "method.phi=4", rounds=8)
+    rows = compare([first, second])
+    assert rows[1]["bytes_up"] < rows[0]["bytes_up"]
+    assert rows[1]["vs_first"] == pytest.approx(rows[0]["bytes_total"] / rows[1]["bytes_total"])
+    assert rows[0]["split_sha256"] == rows[1]["split_sha256"]
+    other = make(tmp_path / "3", "data.seed=1", rounds=1)
+    with pytest.raises(ConfigError, match="another split"):
+        compare([first, other])
+    assert len(compare([first, other], force=True)) == 2
+
+
+def test_titles() -> None:
+    from lamina import Chain, FedAdam, wire
+
+    assert runs.method_title(Chain(FedLAMA(phi=2), FedAdam())) == "fedlama+fedadam"
+    assert runs.codec_title(wire.TopK(0.01, values="sign")) == "topk:0.01:sign"
+    assert runs.codec_title(wire.Dense("int8")) == "int8"
