@@ -32,7 +32,7 @@ def held(parts: list[torch.Tensor], labels: torch.Tensor) -> list[int]:
 @given(
     rule=st.sampled_from(RULES),
     clients=st.integers(3, 30),
-    n=st.integers(60, 400),
+    n=st.integers(150, 400),
     classes=st.integers(2, 6),
     seed=st.integers(0, 2**70),
     skew=st.booleans(),
