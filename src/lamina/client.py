@@ -364,11 +364,13 @@ def _through_bytes(row: Row) -> Row:
 
 def _non_finite(message: Message, row: Row | None) -> str | None:
     """The first tensor with a NaN or an infinity, in what the server decoded or in what the client would keep."""
+    moments = message.get("moments", {})  # a finite sum of squares has finite terms: no need to look at them again
     for tree, content in message.items():
         if tree in ("steps", "moments"):
             continue
         for name, x in content.items():
-            if not _finite(x):
+            seen = tree == "update" and name in moments and math.isfinite(moments[name])
+            if not seen and not _finite(x):
                 return name if tree == "update" else f"{tree}/{name}"
     return next((f"state/{name}" for name, x in flatten(row).items() if not _finite(x)), None)
 
