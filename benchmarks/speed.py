@@ -1,0 +1,350 @@
+"""How long a round takes, as ratios inside one interleaved run.
+
+    python benchmarks/speed.py [--works W1,W3] [--repeats 5] [--rounds 3] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
+
+Every contender does the same work: same partition, cohorts, batch order and number of steps. They take turns, round
+for round of repeats, so that a machine whose speed drifts slows all of them alike. Reported is the median over the
+repeats of seconds per round, its spread, and the ratio to the single-model loop of the same repeat.
+
+    lamina        the whole product: plan, hooks, ledger, per-layer records, exact byte counts; engine "auto"
+    loop          the same with engine="loop" (one thread)
+    single-model  one central model over the same batches with every trick and all cores: what no federation can have
+    naive         what a first federated script does: deepcopy, DataLoader, torch.optim.SGD, mean of state_dicts
+
+`--mkl` is not needed and not used: all contenders run torch as it is installed, with the same allocator settings.
+Evaluation is left out of every contender's round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import lamina
+from lamina.client import Trainer, batches
+from lamina.cohort import draw
+from lamina.engine import cores
+from lamina.engine.allocator import keep_memory
+from lamina.random import generator
+
+
+class Work(NamedTuple):
+    """One of the fixed works: what is trained, on what, how."""
+
+    title: str
+    dataset: str
+    clients: int
+    cohort: int
+    model: Callable[[], torch.nn.Module]
+    local: lamina.LocalSGD
+
+
+WORKS = {
+    "W1": Work("CNN 184,586, B=32", "fashion_mnist", 100, 10, lamina.models.cnn,
+               lamina.LocalSGD(lr=0.02, momentum=0.9, batch_size=32)),
+    "W2": Work("CNN 184,586, B=10", "fashion_mnist", 1000, 100, lamina.models.cnn,
+               lamina.LocalSGD(lr=0.05, batch_size=10)),
+    "W2b": Work("MLP 784-64-10, B=10", "fashion_mnist", 1000, 100, lambda: lamina.models.mlp((784, 64, 10)),
+                lamina.LocalSGD(lr=0.05, batch_size=10)),
+    "W3": Work("ResNet20-GN, B=32", "cifar10", 100, 10, lambda: lamina.models.resnet20(norm="group"),
+               lamina.LocalSGD(lr=0.1, batch_size=32, steps=5)),
+    "W4": Work("MLP 11.1 M, B=10", "fashion_mnist", 1000, 10, lambda: lamina.models.mlp((784, 3072, 2816, 10)),
+               lamina.LocalSGD(lr=0.05, batch_size=10)),
+}  # fmt: skip
+
+# `keep_memory` for programs of others: glibc reads these when a process starts
+GLIBC_SETTINGS = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+
+def load(work: Work) -> lamina.ClientData:
+    options = {"augment": False} if work.dataset == "cifar10" else {}
+    return lamina.data.load(work.dataset, clients=work.clients, partition="dirichlet:0.5", seed=0, **options)
+
+
+def federation(work: Work, data: lamina.ClientData, engine: str, workers: int | None) -> lamina.Federation:
+    return lamina.Federation(work.model, data, cohort=work.cohort, local=work.local, engine=engine, workers=workers)
+
+
+def with_lamina(work: Work, data: lamina.ClientData, engine: str, workers: int | None = None) -> Iterator[float]:
+    """Seconds of each round, for ever; evaluation is left out."""
+    fed = federation(work, data, engine, workers)
+    for _, record in fed.run(10**9, evaluate_every=10**9):
+        yield record.seconds
+
+
+def single_model(work: Work, data: lamina.ClientData) -> Iterator[float]:
+    """The same batches through one model that is never averaged, on all cores."""
+    fed = federation(work, data, "loop", None)
+    trainer, local = fed._trainer, work.local
+    trainer.load(fed.initial.params, fed.initial.buffers)
+    trainer.model.train()
+    weights = trainer.weights
+    velocity = [torch.zeros_like(w) for w in weights]
+    round = 0
+    while True:
+        before = torch.get_num_threads()
+        torch.set_num_threads(cores())
+        began = time.perf_counter()
+        for client in draw(0, round, len(data), work.cohort):
+            for indices in batches(data, client, local, 0, round):
+                x, y = trainer.batch(indices, None)
+                grads, _ = trainer.gradient(x, y)
+                with torch.no_grad():
+                    step: list[torch.Tensor] = list(grads)
+                    if local.momentum:
+                        torch._foreach_mul_(velocity, local.momentum)
+                        torch._foreach_add_(velocity, step)
+                        step = velocity
+                    torch._foreach_add_(weights, step, alpha=-local.lr)
+        seconds = time.perf_counter() - began
+        torch.set_num_threads(before)
+        round += 1
+        yield seconds
+
+
+class _Set(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """What a script's author writes: items one by one, converted in __getitem__."""
+
+    def __init__(self, data: lamina.ClientData, indices: torch.Tensor):
+        x, self.y = data.examples(indices)
+        self.x = data.transform(x, None)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.x[i], self.y[i]
+
+
+def naive(work: Work, data: lamina.ClientData) -> Iterator[float]:
+    """deepcopy, DataLoader, an optimizer object, the mean of the state_dicts."""
+    torch.manual_seed(0)
+    server = work.model()
+    local = work.local
+    sets = {}
+    round = 0
+    while True:
+        before = torch.get_num_threads()
+        torch.set_num_threads(cores())
+        cohort = draw(0, round, len(data), work.cohort)
+        for client in cohort:
+            sets.setdefault(client, _Set(data, data.indices_of(client)))
+        began = time.perf_counter()
+        states, sizes = [], []
+        for client in cohort:
+            model = copy.deepcopy(server)
+            optimizer = torch.optim.SGD(model.parameters(), lr=local.lr, momentum=local.momentum)
+            loader = torch.utils.data.DataLoader(
+                sets[client], batch_size=local.batch_size, shuffle=True, generator=generator(0, "order", round, client)
+            )
+            left = local.count(len(sets[client]))
+            while left > 0:
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    torch.nn.functional.cross_entropy(model(x), y).backward()
+                    optimizer.step()
+                    left -= 1
+                    if left == 0:
+                        break
+            states.append(model.state_dict())
+            sizes.append(len(sets[client]))
+        total = sum(sizes)
+        mean = {k: sum(s[k] * (n / total) for s, n in zip(states, sizes, strict=True)) for k in states[0]}
+        server.load_state_dict(mean)
+        seconds = time.perf_counter() - began
+        torch.set_num_threads(before)
+        round += 1
+        yield seconds
+
+
+def bookkeeping(work: Work, data: lamina.ClientData, rounds: int) -> float:
+    """Share of a round of engine "loop" that is not local training (plan, hooks, wire, ledger, mean, records)."""
+    fed = federation(work, data, "loop", None)
+    training = 0.0
+    train = Trainer.train
+
+    def timed(self: Trainer, *args: object) -> object:
+        nonlocal training
+        began = time.perf_counter()
+        result = train(self, *args)  # type: ignore[arg-type]
+        training += time.perf_counter() - began
+        return result
+
+    Trainer.train = timed  # type: ignore[method-assign, assignment]
+    try:
+        total = sum(record.seconds for _, record in fed.run(rounds, evaluate_every=10**9))
+    finally:
+        Trainer.train = train  # type: ignore[method-assign]
+    return 1 - training / total
+
+
+def write_work(path: Path, work: Work, data: lamina.ClientData, rounds: int) -> None:
+    """All that a peer needs, for its environment has no lamina; the rounds are those of the other contenders."""
+    local = work.local
+    np.savez(
+        path,
+        x=data.transform(data.x, None).numpy(),
+        y=data.y.numpy(),
+        offsets=data.offsets.numpy(),
+        indices=data.indices.numpy(),
+        cohorts=np.array([draw(0, round, len(data), work.cohort) for round in range(rounds)], dtype=np.int64),
+        steps=local.steps or 0,  # 0: so many epochs
+        epochs=local.epochs,
+        batch_size=local.batch_size,
+        lr=local.lr,
+        momentum=local.momentum,
+    )
+
+
+def peer(
+    python: str, script: str, name: str, work: Work, data: lamina.ClientData, repeats: int, rounds: int
+) -> Iterator[float]:
+    """A peer in its own environment, started anew for each repeat: benchmarks/peers/SCRIPT reports seconds per round as
+    a JSON list, after a warm-up round of its own. The first run is one round of warm-up, as for the others."""
+    with tempfile.TemporaryDirectory(prefix="lamina-speed-") as folder:
+        path = Path(folder) / "WORK.npz"
+        write_work(path, work, data, 1 + repeats * rounds)
+        for repeat in range(repeats + 1):
+            first, count = (1 + (repeat - 1) * rounds, rounds) if repeat else (0, 1)
+            yield from run_peer([python, str(Path(__file__).parent / "peers" / script), str(path), name], count, first)
+
+
+def run_peer(command: list[str], rounds: int, first: int) -> list[float]:
+    """Seconds of each round. Whatever happens, what the peer started is ended with it."""
+    environment = os.environ | GLIBC_SETTINGS
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [*command, str(rounds), str(first)],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
+        ) as process,
+    ):
+        try:
+            out, _ = process.communicate(timeout=1800)
+        except BaseException:
+            process.terminate()  # it ends its own processes
+            raise
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(f"{' '.join(command)}: exit status {process.returncode}\n{errors.read()[-4000:]}")
+    seconds: list[float] = json.loads(out.splitlines()[-1])
+    return seconds
+
+
+def measure(name: str, work: Work, repeats: int, rounds: int, peers: dict[str, str]) -> dict[str, object]:
+    data = load(work)
+    contenders: dict[str, Iterator[float]] = {
+        "single-model": single_model(work, data),
+        "lamina": with_lamina(work, data, "auto"),
+        "processes": with_lamina(work, data, "processes"),
+        "loop": with_lamina(work, data, "loop"),
+        "naive": naive(work, data),
+    }
+    for label, python in peers.items():
+        contenders[label] = peer(python, f"{label}_work.py", name, work, data, repeats, rounds)
+    for contender in contenders.values():
+        next(contender)  # warm-up: allocation, forking
+    seconds: dict[str, list[float]] = {label: [] for label in contenders}
+    for _ in range(repeats):
+        for label, contender in contenders.items():
+            seconds[label].append(statistics.mean(next(contender) for _ in range(rounds)))
+    for contender in contenders.values():
+        contender.close()  # type: ignore[attr-defined]
+    reference = seconds["single-model"]
+    rows = {}
+    for label, s in seconds.items():
+        ratios = [a / b for a, b in zip(s, reference, strict=True)]
+        rows[label] = {
+            "seconds": statistics.median(s),
+            "low": min(s),
+            "high": max(s),
+            "ratio": statistics.median(ratios),
+            "ratio_low": min(ratios),
+            "ratio_high": max(ratios),
+        }
+    engine = federation(work, data, "auto", None)
+    return {
+        "work": name,
+        "title": work.title,
+        "rows": rows,
+        "auto": f"{engine.engine} x {engine.workers}: {engine.engine_reason}",
+        "bookkeeping": bookkeeping(work, data, rounds),
+    }
+
+
+def table(results: list[dict[str, object]]) -> str:
+    lines = ["| work | contender | s/round, median (min-max) | / single-model, median (min-max) |", "|---|---|---|---|"]
+    for result in results:
+        rows: dict[str, dict[str, float]] = result["rows"]  # type: ignore[assignment]
+        for label, r in rows.items():
+            lines.append(
+                f"| {result['work']} | {label} | {r['seconds']:.3f} ({r['low']:.3f}-{r['high']:.3f}) "
+                f"| {r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f}) |"
+            )
+        lines.append(f"| {result['work']} | *auto = {result['auto']}; bookkeeping {result['bookkeeping']:.1%}* | | |")
+    return "\n".join(lines)
+
+
+def hardware() -> dict[str, object]:
+    def first(path: str, key: str) -> str:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            return platform.processor()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith(key)), "")
+
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": first("/proc/cpuinfo", "model name"),
+        "cores": cores(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() + ("+changes" if dirty.stdout.strip() else ""),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", default=",".join(WORKS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--flower", help="python of an environment with flwr[simulation]")
+    parser.add_argument("--pfl", help="python of an environment with pfl[pytorch]")
+    parser.add_argument("--out", type=Path, help="append the table to this Markdown file")
+    arguments = parser.parse_args()
+    keep_memory()
+    peers = {k: v for k in ("flower", "pfl") if (v := getattr(arguments, k))}
+    results = []
+    for name in arguments.works.split(","):
+        results.append(measure(name, WORKS[name], arguments.repeats, arguments.rounds, peers))
+        print(table(results[-1:]), flush=True)
+    text = f"{json.dumps(hardware())}\n\n`python benchmarks/speed.py {' '.join(sys.argv[1:])}`\n\n{table(results)}\n"
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
