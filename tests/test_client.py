@@ -351,7 +351,7 @@ def test_buffers_travel_only_when_they_are_averaged() -> None:
 def test_buffers_that_are_not_saved_do_not_outlive_a_client() -> None:
     """`Odd.last` adds to the output: what one client left would change the next one's training."""
     fed = cases.federation(cohort="all")
-    plan, setup = fed._plan(*fed.initial, 0, 1, 5), fed._setup
+    plan, setup = fed._plan(*fed.initial, 0, fed.local.lr, 5), fed._setup
     alone = work("round", fed._trainer, setup, plan, 1, None)
     work("round", fed._trainer, setup, plan, 0, None)
     after = work("round", fed._trainer, setup, plan, 1, None)
@@ -386,7 +386,7 @@ def test_a_method_may_not_write_the_trees_of_the_engine(tree: str) -> None:
 
 def test_moments_are_the_squared_norms_of_the_update_as_decoded() -> None:
     fed = cases.federation(uplink=wire.TopK(0.2, values="int8"))
-    plan = fed._plan(*fed.initial, 0, 1, 3)
+    plan = fed._plan(*fed.initial, 0, fed.local.lr, 3)
     reply = client_round(fed._trainer, fed._setup, plan, 1, fed_row(fed))
     for name, u in reply.message["update"].items():
         assert reply.message["moments"][name].item() == pytest.approx(float((u.double() ** 2).sum()), rel=1e-12)
@@ -396,7 +396,7 @@ def test_moments_are_the_squared_norms_of_the_update_as_decoded() -> None:
 
 def test_a_message_without_diagnostics_has_no_moments() -> None:
     fed = cases.federation(diagnostics=False)
-    reply = client_round(fed._trainer, fed._setup, fed._plan(*fed.initial, 0, 1, 3), 1, fed_row(fed))
+    reply = client_round(fed._trainer, fed._setup, fed._plan(*fed.initial, 0, fed.local.lr, 3), 1, fed_row(fed))
     assert set(reply.message) == {"update", "buffers", "steps"}
 
 
@@ -408,7 +408,7 @@ def fed_row(fed: Federation):
 
 def test_only_what_the_plan_asks_for_is_sent() -> None:
     fed = cases.federation()
-    plan = fed._plan(*fed.initial, 0, 1, 3).keep(["head.weight", "head.bias"])
+    plan = fed._plan(*fed.initial, 0, fed.local.lr, 3).keep(["head.weight", "head.bias"])
     reply = client_round(fed._trainer, fed._setup, plan, 1, fed_row(fed))
     assert list(reply.message["update"]) == ["head.weight", "head.bias"] == list(reply.message["moments"])
 
@@ -416,7 +416,7 @@ def test_only_what_the_plan_asks_for_is_sent() -> None:
 def test_the_update_is_local_minus_global() -> None:
     """w goes from 1 to 0.8: the update is -0.2, whatever `begin` did to the start."""
     fed = line()
-    reply = client_round(fed._trainer, fed._setup, fed._plan(*fed.initial, 0, 1, 1), 0, fed_row(fed))
+    reply = client_round(fed._trainer, fed._setup, fed._plan(*fed.initial, 0, fed.local.lr, 1), 0, fed_row(fed))
     assert reply.message["update"]["w"].item() == pytest.approx(-0.2, abs=1e-15)
     assert reply.loss == 1.0
 

@@ -48,7 +48,7 @@ def in_full(fed: Federation) -> int:
 def bare(lengths: dict[str, int], names: int = 6) -> int:
     """Bytes of a frame around sections of these lengths, with the bits that say what is asked for."""
     bits = -(-names // 8)
-    scalars = dict.fromkeys(("lr", "participation", "accepted"), 0.0)
+    scalars = dict.fromkeys(("lr", "participation", "in_sync", "accepted"), 0.0)
     return frame.overhead("plan", scalars, lengths | {"upload": bits}) + bits
 
 
@@ -168,7 +168,7 @@ def test_a_shared_tree_may_not_take_the_name_of_a_part_of_the_plan(name: str) ->
         cases.states(cases.federation(Naming(tree=name)), 1)
 
 
-@pytest.mark.parametrize("name", ["lr", "participation", "accepted"])
+@pytest.mark.parametrize("name", ["lr", "participation", "in_sync", "accepted"])
 def test_a_plan_number_may_not_take_the_name_of_a_field_of_the_plan(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         cases.states(cases.federation(Naming(number=name)), 1)
@@ -188,7 +188,7 @@ def test_further_numbers_are_counted() -> None:
 def test_a_plan_that_changes_on_the_wire_stops_the_run() -> None:
     """Under through_bytes what arrives is compared with what every client is said to hold."""
     fed = cases.federation()
-    plan = fed._plan(*fed.initial, 0, 1, 3)
+    plan = fed._plan(*fed.initial, 0, fed.local.lr, 3)
     broadcast = Broadcast(plan, wire.Dense(), wire.schema_of(plan.params), True)
     broadcast.plan = replace(broadcast.plan, params={n: x + 1 for n, x in plan.params.items()})
     with pytest.raises(RunError, match="params changed on the wire") as caught:

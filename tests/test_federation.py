@@ -543,3 +543,43 @@ def test_clients_without_a_row_are_those_that_never_took_part() -> None:
     assert list(state.clients) == drawn
     assert len(drawn) < 5
     assert state.clients.get(next(c for c in range(5) if c not in drawn)) == Stored(None, {}, -1)
+
+
+def test_a_client_whose_loss_is_not_finite_is_refused_even_if_its_gradients_are() -> None:
+    calls = iter(range(10**6))
+
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        value = torch.nn.functional.cross_entropy(output, target)
+        return value + float("nan") if next(calls) == 5 else value  # a constant: the gradient does not see it
+
+    fed = Federation(cases.odd, cases.data(), engine="loop", loss=loss)
+    _, record = next(fed.run(1))
+    assert [event["layer"] for event in record.events] == ["loss"]
+    assert sum(c.refused == "E310" for c in record.clients) == 1
+    assert record.train_loss == record.train_loss
+
+
+def test_the_schedule_is_asked_for_the_rounds_of_the_run_only() -> None:
+    asked = []
+
+    def schedule(round: int, rounds: int) -> float:
+        asked.append(round)
+        return 1.0
+
+    local = LocalSGD(lr=0.1, batch_size=4, schedule=schedule)
+    for _ in Federation(cases.odd, cases.data(), engine="loop", local=local).run(2):
+        pass
+    assert set(asked) == {0, 1}
+
+
+def test_a_state_of_another_model_or_method_is_refused() -> None:
+    state, _ = next(Federation(cases.odd, cases.data(), engine="loop").run(1))
+    with pytest.raises(ConfigError, match="another method") as caught:
+        next(Federation(cases.odd, cases.data(), engine="loop", method=FedLAMA()).run(1, state=state))
+    assert caught.value.code == "E119"
+
+
+def test_fewer_outputs_than_classes_are_refused_at_construction() -> None:
+    data = ClientData.from_clients({"a": (torch.randn(20, 3), torch.arange(20) % 7)})
+    with pytest.raises(ConfigError, match="5 outputs, the data 7 classes"):
+        Federation(torch.nn.Linear(3, 5), data)

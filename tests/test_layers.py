@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 import cases
-from lamina.layers import Layer, is_matrix, kind_of, layer_table, matrices, numel
+from lamina.layers import Layer, is_matrix, kind_of, layer_table, matrices
 from lamina.models import char_lstm, resnet20
 
 
@@ -52,7 +52,7 @@ def test_recurrent_weights_are_matrices_and_recurrent_biases_are_not() -> None:
 
 def test_numel_counts_every_parameter_once() -> None:
     model = resnet20(num_classes=10)
-    assert numel(layer_table(model)) == sum(p.numel() for p in model.parameters())
+    assert sum(layer.numel for layer in layer_table(model)) == sum(p.numel() for p in model.parameters())
     assert Layer("x", "other", "weight", ()).numel == 1
 
 

@@ -21,7 +21,7 @@ ARGUMENTS: dict[Any, str] = {
     "engine workers diagnostics through_bytes",
     lamina.Federation.run: "self rounds state evaluate_every",
     lamina.Federation.fit: "self rounds out options",
-    lamina.Federation.evaluate: "self state horizon engine",
+    lamina.Federation.evaluate: "self state engine",
     lamina.Federation.module: "self state",
     lamina.run: "fed state rounds evaluate_every",
     lamina.LocalSGD: "lr momentum weight_decay batch_size epochs steps schedule clip",

@@ -172,7 +172,6 @@ def _document(state: State) -> dict[str, Any]:
         "round": state.round,
         "bytes_up": state.bytes_up,
         "bytes_down": state.bytes_down,
-        "sha256": state.sha256(),
         "server": skeleton(state.server),
         "numbers": {n: x for n, x in flatten(state.server).items() if not isinstance(x, Tensor)},
         "elapsed": state.observed.elapsed,

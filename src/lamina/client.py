@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lamina import schedule, wire
 from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
-from lamina.errors import expect, is_whole
+from lamina.errors import expect, is_number, is_whole
 from lamina.method import Method, Plan, Work
 from lamina.random import address, generator
 from lamina.store import Row
@@ -25,6 +25,7 @@ from lamina.wire import frame
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 BUFFERS = ("average", "keep", "skip")
+RESERVED = frozenset({"moments", "steps", "buffers", "shared"})  # trees and ledger rows of the engine's own
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,18 @@ class LocalSGD:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        finite = 0 < self.lr < math.inf
-        expect(finite, f"lr={self.lr}: expected a number > 0", where="local.lr")
-        expect(0 <= self.momentum < 1, f"momentum={self.momentum}: expected 0 <= momentum < 1", where="local.momentum")
-        decay = self.weight_decay
-        expect(0 <= decay < math.inf, f"weight_decay={decay}: expected a number >= 0", where="local.weight_decay")
+        fine = is_number(self.lr, 0) and self.lr > 0
+        expect(fine, f"lr={self.lr}: expected a number > 0", where="local.lr")
+        fine = is_number(self.momentum, 0, 1)
+        expect(fine, f"momentum={self.momentum}: expected 0 <= momentum < 1", where="local.momentum")
+        fine = is_number(self.weight_decay, 0)
+        expect(fine, f"weight_decay={self.weight_decay}: expected a number >= 0", where="local.weight_decay")
         for name in ("batch_size", "epochs", "steps"):
             value = getattr(self, name)
             fine = is_whole(value, 1) or (value is None and name != "epochs")
             expect(fine, f"{name}={value}: expected a whole number >= 1", where=f"local.{name}")
-        expect(self.clip is None or self.clip > 0, f"clip={self.clip}: expected a number > 0", where="local.clip")
+        fine = self.clip is None or (is_number(self.clip, 0) and self.clip > 0)
+        expect(fine, f"clip={self.clip}: expected a number > 0", where="local.clip")
         known = isinstance(self.schedule, str) or callable(self.schedule)
         expect(known, f"schedule={self.schedule!r}: expected e.g. 'exp:0.998', or a function", where="local.schedule")
         self.rate(0, 1)
@@ -120,7 +123,7 @@ class Reply(NamedTuple):
     sizes: dict[str, wire.Size]  # exact bytes, tree by tree; "" is the frame around them
     loss: float  # mean training loss over the local steps
     steps: int
-    refused: str | None  # why the message must not be used: the first tensor with a non-finite value
+    refused: str | None  # why the message must not be used: the first tensor with a non-finite value, or "loss"
 
 
 class Trainer:
@@ -267,8 +270,9 @@ def client_round(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: R
     message: Message = {"update": sub(select(work.params, plan.upload), plan.params)}
     if setup.buffers == "average" and work.buffers:
         message["buffers"] = work.buffers
+    own = set(message)
     message, state = method.report(row.method, plan, work, message)
-    taken = {"moments", "steps"} & set(message)
+    taken = set(message) & RESERVED - own
     expect(not taken, f"{method!r} writes the tree {sorted(taken)}: reserved for the engine", code="E116")
     message["steps"] = {"steps": work.steps.double()}
 
@@ -276,7 +280,8 @@ def client_round(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: R
     state = method.settle(state, message, received)
     kept = work.buffers if setup.buffers == "keep" else {}
     row = Row(state, kept)
-    return Reply(client, received, row, sizes, loss, int(work.steps), _non_finite(received, row))
+    refused = _non_finite(received, row) or (None if math.isfinite(loss) else "loss")
+    return Reply(client, received, row, sizes, loss, int(work.steps), refused)
 
 
 def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Reply:
@@ -327,7 +332,7 @@ class _Post:
     def delivered(self, scalars: dict[str, float]) -> tuple[Message, dict[str, float]]:
         """The whole message as it arrives, in its frame; the frame's own bytes are the size ""."""
         lengths = {tree: size.total for tree, size in self.sizes.items()}
-        self.sizes[""] = wire.Size({}, frame.overhead("message", scalars, lengths))
+        self.sizes[""] = wire.Size({}, frame.overhead("message", scalars, lengths), {})
         if not self._really:
             return self._received, scalars
         blob = frame.pack(frame.Frame("message", self._plan.round, self._client, scalars, self._blobs))

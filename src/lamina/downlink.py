@@ -39,8 +39,12 @@ class Broadcast:
         self._server = plan
         self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
         self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
-        params, _ = codec.transmit(plan.params, self._context("params"))
-        self.plan = replace(plan, params=params)
+        exact = codec.lossless and plan.mask is None
+        params = plan.params if exact else codec.transmit(plan.params, self._context("params"))[0]
+        # A client knows what travels: not the seed, from which only server hooks draw.
+        self.plan = replace(plan, params=params, seed=0)
+        if through_bytes:
+            self.plan = self._decoded()
         self._known: dict[tuple[str, ...], dict[str, wire.Size]] = {}
 
     def lacking(self, held: Held) -> tuple[str, ...]:
@@ -58,28 +62,51 @@ class Broadcast:
             for tree, content in self._parts(lacking).items()
         }
         lengths = {t: s.total for t, s in sizes.items()} | {"upload": len(self._upload())}
-        return sizes | {"": wire.Size({}, frame.overhead("plan", self._scalars(0), lengths) + lengths["upload"])}
+        return sizes | {"": wire.Size({}, frame.overhead("plan", self._scalars(0), lengths) + lengths["upload"], {})}
 
     def _encode(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
-        """The same by really encoding it, decoding it and comparing with what every client is said to hold."""
-        parts = self._parts(lacking)
-        blobs = {t: self._coder(t).encode(content, self._context(t)) for t, content in parts.items()}
-        sections = blobs | {"upload": self._upload()}
-        blob = frame.pack(frame.Frame("plan", self._server.round, 0, self._scalars(accepted), sections))
-        delivered = frame.unpack(blob)
-        arrived = delivered.sections
-        asked = np.unpackbits(np.frombuffer(arrived["upload"], np.uint8), count=len(self._schema), bitorder="little")
-        upload = {name for name, bit in zip(self._schema, asked, strict=True) if bit}
-        if upload != self._server.upload or delivered.scalars != self._scalars(accepted):
-            raise RunError(f"round {self._server.round}: the plan's head changed on the wire", code="E343")
+        """The same by really encoding it, and comparing what arrives with what every client is said to hold."""
+        blob, arrived = self._post(lacking, accepted)
         sizes = {}
-        for tree in parts:
-            decoded = self._coder(tree).decode(arrived[tree], self._context(tree))
+        for tree in self._parts(lacking):
+            decoded = self._coder(tree).decode(arrived.sections[tree], self._context(tree))
             truth = self.plan.params if tree == "params" else self._trees[tree]
             if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
                 raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
-            sizes[tree] = wire.layout(arrived[tree], self._context(tree))
-        return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()))}
+            sizes[tree] = wire.layout(arrived.sections[tree], self._context(tree))
+        return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()), {})}
+
+    def _decoded(self) -> Plan:
+        """The plan as a newcomer reads it from bytes."""
+        _, arrived = self._post(tuple(self.tags), -1)
+        trees: Message = {tree: {} for tree in self._trees}
+        for tree, blob in arrived.sections.items():
+            if tree != "upload":
+                trees[tree] = self._coder(tree).decode(blob, self._context(tree))
+        bits = np.frombuffer(arrived.sections["upload"], np.uint8)
+        asked = np.unpackbits(bits, count=len(self._schema), bitorder="little")
+        numbers = dict(arrived.scalars)
+        del numbers["accepted"]
+        return Plan(
+            round=arrived.round,
+            seed=0,
+            params=trees.pop("params"),
+            buffers=trees.pop("buffers"),
+            upload=frozenset(name for name, bit in zip(self._schema, asked, strict=True) if bit),
+            lr=numbers.pop("lr"),
+            participation=numbers.pop("participation"),
+            mask=trees.pop("mask") or None,
+            in_sync=bool(numbers.pop("in_sync")),
+            shared=trees,
+            config=numbers,
+        )
+
+    def _post(self, lacking: tuple[str, ...], accepted: int) -> tuple[bytes, frame.Frame]:
+        """The plan's bytes for a client that lacks these, and the frame that arrives."""
+        blobs = {t: self._coder(t).encode(x, self._context(t)) for t, x in self._parts(lacking).items()}
+        sections = blobs | {"upload": self._upload()}
+        blob = frame.pack(frame.Frame("plan", self._server.round, 0, self._scalars(accepted), sections))
+        return blob, frame.unpack(blob)
 
     def _parts(self, lacking: tuple[str, ...]) -> Message:
         wanted = set(lacking)
@@ -98,7 +125,8 @@ class Broadcast:
 
     def _scalars(self, accepted: int) -> dict[str, float]:
         plan = self._server
-        return {"lr": plan.lr, "participation": plan.participation, "accepted": float(accepted), **plan.config}
+        numbers = {"lr": plan.lr, "participation": plan.participation, "in_sync": float(plan.in_sync)}
+        return {**numbers, "accepted": float(accepted), **plan.config}
 
     def _upload(self) -> bytes:
         """Bits over the schema: whose update is asked for."""

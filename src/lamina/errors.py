@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+import traceback
+from collections.abc import Iterable
+
 
 class LaminaError(Exception):
     """Base of every error lamina raises on purpose.
@@ -61,6 +66,31 @@ class StorageError(LaminaError):
     """E4xx: the disk: no space, damaged or foreign files."""
 
     default_code = "E401"
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A suggestion for a word that is not known: ``did you mean 'phi'?``, or "" when nothing is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else ""
+
+
+def class_of(code: str) -> type[LaminaError]:
+    """The class that errors with this code belong to."""
+    kinds = {"E1": ConfigError, "E2": DataError, "E34": WireError, "E3": RunError, "E4": StorageError}
+    return next((kind for start, kind in kinds.items() if code.startswith(start)), LaminaError)
+
+
+def place(error: BaseException) -> str:
+    """file:line of the innermost frame that is not in an installed library: where the user's own code failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "site-packages" not in frame.filename]
+    frame = (own or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}"
+
+
+def is_number(value: object, least: float, below: float = math.inf) -> bool:
+    """Whether it is a number with least <= value < below; True, False and NaN are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value < below
 
 
 def is_whole(value: object, least: int) -> bool:

@@ -70,29 +70,34 @@ def score_personal(trainer: Trainer, setup: Setup, plan: Plan, client: int, row:
     return Score.total(_score(trainer, setup.loss, _cut(test, piece)) for piece in range(pieces(test)))
 
 
-def whole_set_metrics(
+def score_at_once(
     trainer: Trainer, setup: Setup, plan: Plan, metrics: Mapping[str, Callable[[Any, Any], float]]
-) -> dict[str, float]:
-    """Metrics that need the outputs and targets of the whole test set at once."""
+) -> tuple[Score, dict[str, float]]:
+    """The whole test set, with metrics that need its outputs and targets all at once."""
     trainer.hold(plan)
     trainer.model.eval()
     test = _given(setup.data.test)
+    cuts = [_cut(test, piece) for piece in range(pieces(test))]
     with torch.inference_mode():
-        outputs = [_forward(trainer, _cut(test, piece)[0]) for piece in range(pieces(test))]
+        outputs = [_forward(trainer, x) for x, _ in cuts]
+        score = Score.total(_judge(setup.loss, output, y) for output, (_, y) in zip(outputs, cuts, strict=True))
         whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs
-        return {name: float(metric(whole, test[1])) for name, metric in metrics.items()}
+        return score, {name: float(metric(whole, test[1])) for name, metric in metrics.items()}
 
 
 def _score(trainer: Trainer, loss: Loss, examples: tuple[Batch, Batch]) -> Score:
     trainer.model.eval()
     x, y = examples
-    n = _length(y)
     with torch.inference_mode():
-        output = _forward(trainer, x)
-        value = float(loss(output, y)) * n
-        if isinstance(y, Tensor) and isinstance(output, Tensor) and _labels(y, output):
-            return Score(value, n, int(output.argmax(1).eq(y).sum()), y.numel())
-        return Score(value, n, 0, 0)
+        return _judge(loss, _forward(trainer, x), y)
+
+
+def _judge(loss: Loss, output: Any, y: Batch) -> Score:
+    n = _length(y)
+    value = float(loss(output, y)) * n
+    if isinstance(y, Tensor) and isinstance(output, Tensor) and _labels(y, output):
+        return Score(value, n, int(output.argmax(1).eq(y).sum()), y.numel())
+    return Score(value, n, 0, 0)
 
 
 def _labels(y: Tensor, output: Tensor) -> bool:

@@ -27,7 +27,7 @@ from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, tag
 from lamina.engine.base import Engine, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
-from lamina.evaluate import Score, loss_function, pieces, whole_set_metrics
+from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
 from lamina.method import FedAvg, Method, Plan, Task
 from lamina.preflight import ready
@@ -222,7 +222,7 @@ class Federation:
         mean: Message = {}
         if self.method.has("probe"):
             everyone = tuple(range(len(self.data)))
-            plan = self._plan(params, buffers, 0, 1, len(everyone))
+            plan = self._plan(params, buffers, 0, self.local.lr, len(everyone))
             mean, store = self._collect("probe", engine, self._broadcast(plan), everyone, store, books)
             if not mean:
                 raise RunError(
@@ -245,7 +245,8 @@ class Federation:
         t = state.round
         with threads(1 if engine.name != "threads" else engines.cores()):
             cohort = draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
-            plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, horizon, len(cohort)))
+            lr = self.local.rate(t, horizon)
+            plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, len(cohort)))
             broadcast = self._broadcast(plan)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             mean, store = self._collect("round", engine, broadcast, order, state.clients, books)
@@ -267,7 +268,7 @@ class Federation:
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
             state.bytes_down + books.down.total(), observed,
         )  # fmt: skip
-        result = self.evaluate(new, horizon, engine) if evaluating else Evaluation(None, None, {}, None)
+        result = self.evaluate(new, engine) if evaluating else Evaluation(None, None, {}, None)
         seconds = time.perf_counter() - began
         clients = sorted(books.clients)
         accepted = [c for c in clients if c.refused is None]
@@ -293,24 +294,25 @@ class Federation:
         )
         return new, record
 
-    def evaluate(self, state: State, horizon: int = 1, engine: Engine | None = None) -> Evaluation:
+    def evaluate(self, state: State, engine: Engine | None = None) -> Evaluation:
         """The global model of this state on the test set, and the personal models on the clients' own test sets.
 
         Accuracy counts ``output.argmax(1) == target`` where targets are integer labels. The personal one is the mean
         over the clients that have a test set; where none has and nothing is shared, over all on the common test set.
         """
         engine = engine or engines.make("threads", 1, "", self._trainer, self._setup)
-        horizon = max(horizon, state.round + 1)
-        plan = self._plan(state.params, state.buffers, state.round, horizon, self.cohort)
-        score, metrics, personal = None, {}, None
-        if self.data.test is not None:
+        plan = self._plan(state.params, state.buffers, state.round, self.local.lr, self.cohort)
+        score: Score | None = None
+        metrics: dict[str, float] = {}
+        personal = None
+        if self.data.test is not None and self.metrics:
+            with threads(engines.cores()):
+                score, metrics = score_at_once(self._trainer, self._setup, plan, self.metrics)
+        elif self.data.test is not None:
             parts = range(pieces(self.data.test))
             score = Score.total([score_of(reply) for reply in engine.replies("test", plan, parts, {})])
-            if self.metrics:
-                with threads(engines.cores()):
-                    metrics = whole_set_metrics(self._trainer, self._setup, plan, self.metrics)
         tests = self.data.client_tests
-        if tests is not None or (self.method.withholds == "personal" and score is not None):
+        if tests is not None or ("personal" in (self.method.withholds or "") and score is not None):
             plan = self._broadcast(self.method.plan(state.server, plan)).plan  # as clients would decode it
             having = [c for c, name in enumerate(self.data.names) if tests is None or name in tests]
             rows = {c: row for c in having if (row := state.clients.get(c).row) is not None}
@@ -321,14 +323,14 @@ class Federation:
             return Evaluation(None, None, metrics, personal)
         return Evaluation(score.accuracy, score.loss / score.examples, metrics, personal)
 
-    def _plan(self, params: Params, buffers: Params, t: int, horizon: int, cohort: int) -> Plan:
+    def _plan(self, params: Params, buffers: Params, t: int, lr: float, cohort: int) -> Plan:
         return Plan(
             round=t,
             seed=address(self.seed, "round", t),
             params=params,
             buffers=buffers,
             upload=frozenset(params),
-            lr=self.local.rate(t, horizon),
+            lr=lr,
             participation=cohort / len(self.data),
         )
 
@@ -363,15 +365,10 @@ class Federation:
                     uniform.add(tree, content, even)
                 else:
                     mean.add(tree, content, shares[c])
-            books.share += shares[c]
-            if not self.uplink_is_dense:
-                books.count(reply.message.get("update", {}), shares[c])
+            if kind == "round":
+                books.count(reply.sizes["update"].entries, shares[c])
             changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
         return mean.result() | uniform.result(), store.updated(changed)
-
-    @property
-    def uplink_is_dense(self) -> bool:
-        return isinstance(self.uplink, wire.Dense)
 
     def _observe(
         self, state: State, plan: Plan, mean: Message, params: Params, books: _Books
@@ -389,9 +386,9 @@ class Federation:
             numel = params[name].numel() if kept is None else int(kept.sum())
             numbers: dict[str, float | None] = {}
             if u is not None:
-                density = 1.0 if self.uplink_is_dense or not numel else books.kept[name] / books.share / numel
                 norm2 = squared_norm(u)
-                numbers = {"update_norm": norm2**0.5, "density": density * numel / max(1, params[name].numel())}
+                density = books.kept[name] / books.share / max(1, params[name].numel())
+                numbers = {"update_norm": norm2**0.5, "density": density}
                 if "moments" in mean:
                     second = float(mean["moments"][name])
                     numbers |= _spread(second, norm2, books.accepted, numel, elapsed[name])
@@ -411,7 +408,7 @@ class Federation:
     def _fedavg_bytes(self) -> tuple[int, int]:
         """Bytes up and down of one client and round under plain FedAvg with fp32."""
         params, buffers = self.initial
-        plan = Broadcast(self._plan(params, buffers, 0, 1, self.cohort), wire.Dense(), self._schema, False)
+        plan = Broadcast(self._plan(params, buffers, 0, self.local.lr, self.cohort), wire.Dense(), self._schema, False)
         down = sum(size.total for size in plan.sizes(plan.lacking({}), -1).values())
         trees = {"update": params}
         if self.buffers == "average" and buffers:
@@ -455,12 +452,19 @@ class _Books:
             self.accepted += bool(reply.steps)
         else:
             self.events.append(
-                {"code": "E310", "client": name, "layer": reply.refused, "message": "non-finite values; not used"}
+                {
+                    "code": "E310",
+                    "client": name,
+                    "layer": reply.refused,
+                    "message": "not finite: the message is not used, its client keeps the state from before",
+                    "remedy": "lower local.lr or set local.clip; look at this client's data",
+                }
             )
 
-    def count(self, update: Params, share: float) -> None:
-        for name, x in update.items():
-            self.kept[name] += share * int(torch.count_nonzero(x))
+    def count(self, entries: Mapping[str, int], share: float) -> None:
+        self.share += share
+        for name, n in entries.items():
+            self.kept[name] += share * n
 
     def traffic(self) -> Iterator[Traffic]:
         for direction, rows in (("up", self.up), ("down", self.down)):
@@ -482,6 +486,8 @@ def run(
     horizon = rounds + (state.round if state else 0)
     if planned is not None and planned != horizon:
         warnings.warn(f"{fed.method!r} plans {planned} rounds, this run has {horizon}", stacklevel=2)
+    if state is not None:
+        _expect_own(fed, state)
     engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup)
     try:
         books = _Books()
@@ -496,6 +502,15 @@ def run(
             books = _Books()
     finally:
         engine.close()
+
+
+def _expect_own(fed: Federation, state: State) -> None:
+    """Refuse a state of another model or method."""
+    theirs = {name: x.shape for name, x in state.params.items()}
+    same = theirs == {name: x.shape for name, x in fed.initial.params.items()}
+    expect(same, "state: it is of another model", code="E119", where="state")
+    kind = type(fed.method.init(fed.initial.params))
+    expect(isinstance(state.server, kind), "state: it is of another method", code="E119", where="state")
 
 
 def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> dict[str, float | None]:

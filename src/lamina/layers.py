@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -62,7 +62,3 @@ def is_matrix(layer: Layer) -> bool:
 
 def matrices(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return tuple(layer for layer in layers if is_matrix(layer))
-
-
-def numel(layers: Sequence[Layer]) -> int:
-    return sum(layer.numel for layer in layers)

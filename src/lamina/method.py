@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -47,7 +47,7 @@ class Plan:
     """Server -> cohort, one per round."""
 
     round: int
-    seed: int  # of this round: server hooks draw from generator(plan.seed, purpose)
+    seed: int  # of this round: server hooks draw from generator(plan.seed, purpose); 0 at the clients
     params: Params  # the global model, as clients decode it; in the plan handed to `step` the server's own
     buffers: Params
     upload: frozenset[str]  # parameters whose update is sent back
@@ -69,7 +69,7 @@ class Plan:
 
     def set(self, **numbers: float) -> Plan:
         """Further numbers for the clients. Raises ConfigError (E116) for a name that is taken."""
-        _refuse_reserved(numbers, ("lr", "participation", "accepted"))
+        _refuse_reserved(numbers, ("lr", "participation", "in_sync", "accepted"))
         return replace(self, config=_disjoint(self.config, numbers, "plan number"))
 
 
@@ -170,8 +170,6 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
         ConfigError: E115 for combinations that are known to be meaningless, with the reason.
     """
 
-    _flags: ClassVar[tuple[str, ...]] = ("needs_moments", "optimises")
-
     def __init__(self, *methods: Method[Any, Any]):
         expect(bool(methods), "Chain() is empty: expected at least one method")
         flat = [part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,))]
@@ -181,10 +179,10 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
         self.sends = frozenset().union(*(m.sends for m in flat))
         self.uniform = frozenset().union(*(m.uniform for m in flat))
         self.rounds = next((m.rounds for m in flat if m.rounds is not None), None)
-        self.withholds = next((m.withholds for m in flat if m.withholds is not None), None)
+        self.withholds = ", ".join(dict.fromkeys(m.withholds for m in flat if m.withholds is not None)) or None
         self.neutral = all(m.neutral for m in flat)
-        for flag in self._flags:
-            setattr(self, flag, any(getattr(m, flag) for m in flat))
+        self.needs_moments = any(m.needs_moments for m in flat)
+        self.optimises = any(m.optimises for m in flat)
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.methods))})"
@@ -242,7 +240,10 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
     ) -> tuple[Message, tuple[Any, ...]]:
         states = []
         for m, c in zip(self.methods, client, strict=True):
+            before = message
             message, state = m.report(c, plan, work, message)
+            lost = [tree for tree in before if tree not in _OPEN and message.get(tree) is not before[tree]]
+            expect(not lost, f"{m!r} overwrites the tree {lost} of another method", code="E116")
             states.append(state)
         return message, tuple(states)
 
@@ -261,6 +262,9 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
         for m, s in zip(self.methods, server, strict=True):
             columns.update(m.observe(s))
         return columns
+
+
+_OPEN = frozenset({"update", "buffers"})  # trees that every method may change
 
 
 def _disjoint(old: Mapping[str, Any], new: Mapping[str, Any], what: str) -> dict[str, Any]:
@@ -289,10 +293,12 @@ def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
     schedulers = [m for m in methods if m.withholds == "waiting"]
     if len(schedulers) > 1:
         raise ConfigError(f"{schedulers[0]!r} and {schedulers[1]!r} both decide which layers wait", code="E115")
-    for tree in ("control",):
-        writers = [m for m in methods if tree in m.sends]
-        if len(writers) > 1:
-            raise ConfigError(f"{writers[0]!r} and {writers[1]!r} both send the tree {tree!r}", code="E116")
+    writers: dict[str, Method[Any, Any]] = {}
+    for m in methods:
+        for tree in sorted(m.sends - _OPEN):
+            if tree in writers:
+                raise ConfigError(f"{writers[tree]!r} and {m!r} both send the tree {tree!r}", code="E116")
+            writers[tree] = m
     for i, m in enumerate(methods):
         if m.optimises and (later := [n for n in methods[i + 1 :] if n.needs_moments or n.optimises]):
             raise ConfigError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from lamina.client import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.data.client_data import ClientData
@@ -59,6 +60,17 @@ def _fails(
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 return ConfigError(f"loss: expected a scalar tensor, got {shape}", code="E121", where="loss")
+            if (
+                loss is functional.cross_entropy
+                and isinstance(output, Tensor)
+                and output.shape[1] < (data.classes or 0)
+            ):
+                return ConfigError(
+                    f"the model has {output.shape[1]} outputs, the data {data.classes} classes",
+                    code="E121",
+                    where="model",
+                    remedy=f"give the last layer {data.classes} outputs",
+                )
             trace.inside = "gradient of the loss"
             torch.autograd.grad(value, trainer.weights, materialize_grads=True)
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol
@@ -10,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 
 from lamina.client import Reply, Setup, Trainer, client_probe, client_round
-from lamina.errors import LaminaError, RunError
+from lamina.errors import LaminaError, RunError, place
 from lamina.evaluate import Score, score_personal, score_piece
 from lamina.method import Plan
 from lamina.store import Row
@@ -42,11 +41,10 @@ def work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, ro
     except LaminaError:
         raise
     except Exception as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
         raise RunError(
             f"{type(error).__name__}: {error}",
             code="E304",
-            where=f"{subject(kind, setup, client)}, round {plan.round}, {line.filename}:{line.lineno}",
+            where=f"{subject(kind, setup, client)}, round {plan.round}, {place(error)}",
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from lamina.client import Reply, Setup, Trainer
+from lamina.engine.allocator import keep_memory
 from lamina.engine.base import Kind, threads, work
 from lamina.method import Plan
 from lamina.store import Row
@@ -21,6 +22,7 @@ class LoopEngine:
         self._trainer = trainer
         self._setup = setup
         self._cores = cores
+        keep_memory()
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
         for client in clients:

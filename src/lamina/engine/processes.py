@@ -20,7 +20,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any, NoReturn
 
@@ -31,7 +31,7 @@ from lamina.client import Reply, Setup, Trainer
 from lamina.engine.allocator import keep_memory
 from lamina.engine.arena import Arena, Full, layout
 from lamina.engine.base import Kind, subject, work
-from lamina.errors import LaminaError, RunError
+from lamina.errors import LaminaError, RunError, class_of
 from lamina.method import Plan
 from lamina.store import Row
 from lamina.tree import Message, flatten, skeleton, unflatten
@@ -104,20 +104,25 @@ class _Pool:
         ours, theirs = Pipe()
         # The kernel tells a child that its parent died when the forking *thread* ends, so only the main one counts.
         lasting = threading.current_thread() is threading.main_thread()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until both sides are ready
         with warnings.catch_warnings():
             # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one thread
             # never wakes.
             warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
-            for pipe in (*self._pipes, ours):
-                pipe.close()
-            if lasting:
-                _die_with_parent()
-            _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
+            try:  # whatever happens, the child never returns into the caller's code
+                for pipe in (*self._pipes, ours):
+                    pipe.close()
+                if lasting:
+                    _die_with_parent()
+                _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
+            finally:
+                os._exit(1)
         theirs.close()
         self._pipes.append(ours)
         self._pids.append(pid)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
         self._announce(kind, plan)
@@ -126,19 +131,25 @@ class _Pool:
         slots: dict[int, int] = {}  # index of a job -> slot
         ready: dict[int, dict[str, Any]] = {}
         sent = 0
+
+        def feed() -> None:
+            nonlocal sent
+            while idle and self._free and sent < len(clients):
+                pipe = idle.pop(0)
+                slots[sent] = self._free.pop()
+                busy[pipe] = sent
+                self._give(pipe, clients[sent], rows.get(clients[sent]), slots[sent])
+                sent += 1
+
         for turn in range(len(clients)):
             while turn not in ready:
-                while idle and self._free and sent < len(clients):
-                    pipe = idle.pop(0)
-                    slots[sent] = self._free.pop()
-                    busy[pipe] = sent
-                    self._give(pipe, clients[sent], rows.get(clients[sent]), slots[sent])
-                    sent += 1
+                feed()
                 answered = wait(list(busy))
                 for pipe in [p for p in busy if p in answered]:
                     index = busy.pop(pipe)
                     ready[index] = self._receive(pipe, self._activity(kind, clients[index]))
                     idle.append(pipe)
+                feed()  # before the parent turns to its sum
             yield self._reply(clients[turn], ready.pop(turn), slots[turn])
             self._free.append(slots.pop(turn))
 
@@ -146,10 +157,9 @@ class _Pool:
         trees: Message = {"params": plan.params, "buffers": plan.buffers, "mask": plan.mask or {}}
         trees |= {f"shared/{name}": tree for name, tree in plan.shared.items()}
         entries, _ = self._plans.write(trees, 0, self._plans.size)
-        numbers = replace(plan, params={}, buffers={}, mask=None, shared={})
-        fields = {k: getattr(numbers, k) for k in ("round", "seed", "lr", "participation", "in_sync", "config")}
-        fields |= {"upload": sorted(plan.upload), "masked": plan.mask is not None, "shared": list(plan.shared)}
-        line = json.dumps({"kind": kind, "plan": fields, "entries": entries}).encode()
+        numbers = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name not in ("params", "buffers", "mask")}
+        numbers |= {"upload": sorted(plan.upload), "shared": list(plan.shared), "masked": plan.mask is not None}
+        line = json.dumps({"kind": kind, "plan": numbers, "entries": entries}).encode()
         for pipe in self._pipes:
             self._send(pipe, line)
 
@@ -179,7 +189,9 @@ class _Pool:
         if "full" in answer:
             raise Full(answer["full"])
         if "error" in answer:
-            raise RunError(answer["error"], code=answer["code"], where=answer["where"], remedy=answer["remedy"])
+            raise class_of(answer["code"])(
+                answer["error"], code=answer["code"], where=answer["where"], remedy=answer["remedy"]
+            )
         return answer
 
     def _died(self, pipe: Connection, activity: str) -> RunError:
@@ -197,7 +209,7 @@ class _Pool:
         trees = self._replies.read(answer["entries"])
         leaves = {name: x.clone() for name, x in trees.pop("row", {}).items()}
         row: Row | None = unflatten(self._like, answer["row"], leaves)
-        sizes = {tree: wire.Size(rows, shared) for tree, (rows, shared) in answer["sizes"].items()}
+        sizes = {tree: wire.Size(*size) for tree, size in answer["sizes"].items()}
         message = {tree: trees.get(tree, {}) for tree in answer["trees"]}
         return Reply(client, message, row, sizes, answer["loss"], answer["steps"], answer["refused"])
 
@@ -259,15 +271,15 @@ class _Worker:
 
     def _plan(self, job: dict[str, Any]) -> Plan:
         trees = self._plans.read(job["entries"])
-        fields = job["plan"]
-        masked, shared = fields.pop("masked"), fields.pop("shared")
-        fields["upload"] = frozenset(fields["upload"])
+        numbers = job["plan"]
+        masked, shared = numbers.pop("masked"), numbers.pop("shared")
+        numbers["upload"] = frozenset(numbers["upload"])
         return Plan(
             params=trees.get("params", {}),
             buffers=trees.get("buffers", {}),
             mask=trees.get("mask", {}) if masked else None,
             shared={name: trees.get(f"shared/{name}", {}) for name in shared},
-            **fields,
+            **numbers,
         )
 
     def _work(self, kind: Kind, plan: Plan | None, job: dict[str, Any]) -> dict[str, Any]:

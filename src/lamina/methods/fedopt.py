@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lamina.errors import expect
+from lamina.errors import expect, is_number
 from lamina.method import Method, Plan
 from lamina.tree import Message, Params, tmap, zeros_like
 
@@ -38,7 +38,7 @@ class Moments(NamedTuple):
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:
-    expect(low <= value < high, f"{name}={value}: expected {low:g} <= {name} < {high:g}")
+    expect(is_number(value, low, high), f"{name}={value}: expected {low:g} <= {name} < {high:g}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class FedAdagrad(_Adaptive):
 
     def __post_init__(self) -> None:
         _check("lr", self.lr, 0, float("inf"))
-        expect(0 < self.eps < float("inf"), f"eps={self.eps}: expected a number > 0")
+        expect(is_number(self.eps, 0) and self.eps > 0, f"eps={self.eps}: expected a number > 0")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FedAdam(_Adaptive):
         _check("lr", self.lr, 0, float("inf"))
         _check("b1", self.b1, 0, 1)
         _check("b2", self.b2, 0, 1)
-        expect(0 < self.eps < float("inf"), f"eps={self.eps}: expected a number > 0")
+        expect(is_number(self.eps, 0) and self.eps > 0, f"eps={self.eps}: expected a number > 0")
 
     def first(self, d: Tensor, m: Tensor) -> Tensor:
         return self.b1 * m + (1 - self.b1) * d

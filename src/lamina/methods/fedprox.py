@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lamina.errors import expect
+from lamina.errors import expect, is_number
 from lamina.method import Method, Plan
 from lamina.tree import Params, tmap
 
@@ -30,7 +30,7 @@ class FedProx(Method[tuple[()], tuple[()]]):
     mu: float = 0.01
 
     def __post_init__(self) -> None:
-        expect(0 <= self.mu < float("inf"), f"mu={self.mu}: expected a number >= 0")
+        expect(is_number(self.mu, 0), f"mu={self.mu}: expected a number >= 0")
 
     def correct(self, client: tuple[()], plan: Plan, step: Tensor, params: Params, grads: Params) -> Params:
         return tmap(lambda g, w, anchor: g + self.mu * (w - anchor), grads, params, plan.params)

@@ -32,10 +32,12 @@ class Size(NamedTuple):
     Args:
         rows: name -> bytes that are this tensor's own, and its share (by entries, rounded down) of joint sections.
         shared: headers and what the shares leave over.
+        entries: name -> entries that travelled.
     """
 
     rows: dict[str, int]
     shared: int
+    entries: dict[str, int]
 
     @property
     def total(self) -> int:
@@ -83,7 +85,8 @@ class Codec(Protocol):
         """
         blob = self.encode(tree, context)
         rows = container.share(len(blob), [x.numel() for x in tree.values()])
-        return self.decode(blob, context), Size(dict(zip(tree, rows, strict=True)), len(blob) - sum(rows))
+        entries = {name: x.numel() for name, x in tree.items()}
+        return self.decode(blob, context), Size(dict(zip(tree, rows, strict=True)), len(blob) - sum(rows), entries)
 
     def size(self, names: Iterable[str], context: Context) -> Size | None:
         """The exact size of a tree with these tensors when it follows from shapes and context alone, else None."""
@@ -203,7 +206,7 @@ class Support:
         of_values = sent.coding.split(sent.values_size, sent.counts, self.dtypes)
         rows = {name: a + b for name, a, b in zip(self.names, of_index, of_values, strict=True)}
         total = self.head_size(sent.index_id in index.SPARSE) + sent.index_size + sent.values_size
-        return Size(rows, total - sum(rows.values()))
+        return Size(rows, total - sum(rows.values()), dict(zip(self.names, sent.counts, strict=True)))
 
 
 class Sent(NamedTuple):
