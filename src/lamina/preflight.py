@@ -55,22 +55,19 @@ def _fails(
     try:
         with addressed_rng(seed, "trial"):
             output = trainer.forward(x)
+            classes = data.classes or 0
+            if loss is functional.cross_entropy and isinstance(output, Tensor) and output.shape[1] < classes:
+                return ConfigError(
+                    f"the model has {output.shape[1]} outputs, the data {classes} classes",
+                    code="E121",
+                    where="model",
+                    remedy=f"give the last layer {classes} outputs",
+                )
             trace.inside = "loss"
             value = loss(output, y)
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 return ConfigError(f"loss: expected a scalar tensor, got {shape}", code="E121", where="loss")
-            if (
-                loss is functional.cross_entropy
-                and isinstance(output, Tensor)
-                and output.shape[1] < (data.classes or 0)
-            ):
-                return ConfigError(
-                    f"the model has {output.shape[1]} outputs, the data {data.classes} classes",
-                    code="E121",
-                    where="model",
-                    remedy=f"give the last layer {data.classes} outputs",
-                )
             trace.inside = "gradient of the loss"
             torch.autograd.grad(value, trainer.weights, materialize_grads=True)
     except Exception as error:
