@@ -53,9 +53,15 @@ def test_a_failure_of_the_models_own_forward_names_the_model() -> None:
 
 
 def test_a_loss_that_fails_is_named() -> None:
-    model = named(flatten=nn.Flatten(), fc=nn.Linear(64, 3))  # labels go to 3, outputs to 2
-    error = refused(model, "E121", "Target", "out of bounds")
-    assert error.where == "loss"
+    def loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        raise ArithmeticError("no such loss")
+
+    assert refused(cases.small, "E121", "ArithmeticError: no such loss", loss=loss).where == "loss"
+
+
+def test_fewer_outputs_than_classes_are_told_with_both_numbers() -> None:
+    model = named(flatten=nn.Flatten(), fc=nn.Linear(64, 3))
+    assert refused(model, "E121", "3 outputs, the data 4 classes").where == "model"
 
 
 @pytest.mark.parametrize("loss", [lambda o, y: (o**2).sum(1), lambda o, y: 3.0])
