@@ -62,6 +62,14 @@ def test_run_prints_a_line_per_round_and_the_exact_bytes(root: Path) -> None:
     assert "\x1b" not in result.stdout
 
 
+def test_a_note_at_the_start_comes_before_the_titles() -> None:
+    said = lamina("run", "quickstart", "rounds=5", "method=fedlama", *QUICK).stdout
+    assert 0 < said.index("! rounds=5 is no multiple") < said.index("round ") < said.index(" sync ")
+    note = said.index("! rounds=5 is no multiple")
+    assert "s/round" not in said[:note]
+    assert "s/round" in said[note:]
+
+
 def test_run_prints_every_nth_line_where_that_is_asked_for() -> None:
     result = lamina("run", "quickstart", "rounds=6", "run.log_every=3", *QUICK)
     assert sum(" sync " in line for line in result.stdout.splitlines()) == 1 + 2
@@ -149,14 +157,15 @@ def _children(pid: int) -> list[int]:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("run", "quickstart", "method=fedlama", "method.phy=4"), 2, "Did you mean  method.phi ?"),
+        (("run", "quickstart", "method=fedlama", "method.phy=4"), 2, "did you mean 'method.phi'?"),
         (("run", "quickstart", "rounds=many"), 2, "E103  rounds: expected a whole number >= 1, got 'many'"),
-        (("run", "quickstrat"), 2, "Did you mean quickstart ?"),
+        (("run", "quickstrat"), 2, "did you mean 'quickstart'?"),
         (("run", "quickstart", "cohort=11"), 2, "E112"),
         (("run", "quickstart", "local.lr=1e30", "local.momentum=0.9", "engine=loop"), 4, "E310"),
         (("compare", "nothing"), 5, "E403"),
         (("resume", "nothing"), 5, "E403"),
         (("list", "things"), 2, "expected one of methods"),
+        (("list", "models", "--run-dir", "x"), 2, "--run-dir is of `lamina list runs`"),
         (("data", "fetch", "mnis"), 2, "did you mean 'mnist'?"),
         (("run",), 2, "Missing argument"),
         (("fly",), 2, "No such command"),
@@ -216,8 +225,26 @@ def test_compare_in_other_forms_has_the_exact_numbers(pair: tuple[Path, Path]) -
     table_ = list(csv.DictReader(io.StringIO(lamina("compare", *map(str, pair), "--csv").stdout)))
     assert int(table_[1]["bytes_up"]) == info["bytes_up"]
     lines = lamina("compare", *map(str, pair), "--md").stdout.splitlines()
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[1].startswith("|---|")
+    assert {line.count("|") for line in lines[:4]} == {lines[0].count("|")}
+    assert lines[1].startswith("| --- |")
+    assert lines[-1].startswith("same split yes")
+
+
+def test_markdown_keeps_cells_with_spaces_and_bars_whole() -> None:
+    lines = terminal.markdown([Column("a  b", ["x  y", "p|q"], left=True), Column("n", ["1", ""])])
+    assert lines == ["| a  b | n |", "| --- | ---: |", "| x  y | 1 |", "| p\\|q |  |"]
+
+
+def test_compare_says_what_is_pooled_and_what_is_personal(pair: tuple[Path, Path], root: Path) -> None:
+    for method in ("centralised", "localonly"):
+        assert lamina("run", "quickstart", f"method={method}", "rounds=2", "--quiet", *QUICK).exit_code == 0
+    result = lamina("compare", str(pair[0]), "001", "002")
+    assert result.exit_code == 0, result.output
+    said = " ".join(result.stdout.split())
+    assert "same split yes" in said
+    assert "same examples yes" in said
+    assert "001-centralised: pooled, one client with all examples" in said
+    assert "002-localonly: acc is the mean of the clients' own models" in said
 
 
 def test_compare_refuses_other_splits_unless_forced(pair: tuple[Path, Path], root: Path) -> None:
@@ -256,7 +283,39 @@ def test_methods_are_listed_with_what_they_take() -> None:
     assert "centralised" in rows
 
 
+def test_presets_are_listed_with_whole_sentences() -> None:
+    rows = {row["name"]: row for row in objects(lamina("list", "presets", "--json"))}
+    assert all(row["about"].endswith(".") for row in rows.values())
+    assert rows["fashion-mnist-cnn"]["about"].endswith("about 200 local steps a round.")
+
+
+def test_data_show_prints_who_holds_what() -> None:
+    (split,) = objects(lamina("data", "show", "quickstart", "data.clients=30", "--json"))
+    lines = lamina("data", "show", "quickstart", "data.clients=30").stdout.splitlines()
+    assert split["split_sha256"] in lines[-1]
+    assert lines[0].split() == ["client", "examples", "label", *map(str, range(10))]
+    first, last, total = lines[1].split(), lines[21].split(), lines[22].split()
+    assert list(map(int, first[1:])) == [split["clients"][0]["examples"], *split["clients"][0]["labels"]]
+    assert last[0] == "29"
+    assert set(lines[11].split()) == {"..."}
+    assert total[:2] == ["all", "1,442"]
+    assert len(lamina("data", "show", "quickstart", "data.clients=20").stdout.splitlines()) == 1 + 20 + 1 + 2
+
+
+def test_a_split_that_does_not_fit_drops_labels_and_says_so() -> None:
+    labels = {"labels": [1_000_000] * 100}
+    clients = [{"client": "a", "examples": 100_000_000, **labels}]
+    split = {"data": "x", "partition": "iid", "split_sha256": "5a1c", "classes": 100, "clients": clients}
+    lines = terminal.split_lines(split, 80)
+    assert all(len(line) <= 80 for line in lines)
+    assert "1,000,000" in lines[1]
+    assert re.search(r"labels \d to 99 do not fit", lines[3])
+
+
 def test_doctor_and_data_list() -> None:
+    facts = objects(lamina("doctor", "--json"))[0]
+    assert {"memory", "same bits"} <= facts.keys()
+    assert " ms" in facts["runs"]
     assert "torch" in objects(lamina("doctor", "--json"))[0]
     assert "engine" in lamina("doctor").stdout
     assert {row["name"] for row in objects(lamina("data", "list", "--json"))} >= {"digits", "cifar10", "hapt"}
@@ -287,7 +346,8 @@ ROWS = [
         "rounds": 200, "accuracy": 0.78411, "loss": 0.7, "accuracy_round": 199, "best": 0.79, "best_round": 188,
         "personal_accuracy": None, "bytes_up": up, "bytes_down": 2_180_443_918, "bytes_total": up + 2_180_443_918,
         "vs_first": 4_360_000_000 / (up + 2_180_443_918), "up_vs_first": up / 2_180_000_000, "seconds": 3912.0,
-        "split_sha256": "5a1c", "initial_sha256": "x", "torch": "2.13.0",
+        "personal": False,
+        "partition": "iid", "split_sha256": "5a1c", "pool_sha256": "y", "initial_sha256": "x", "torch": "2.13.0",
     }
     for i, (method, codec, up) in enumerate(
         [("fedavg", "fp32", 2_180_000_000), ("fedlama+fedadam", "topk:0.01:global:sign / fp16", 64_201_336)], start=1

@@ -114,11 +114,11 @@ def test_variables_of_the_environment_that_are_no_keys_are_left_alone() -> None:
 @pytest.mark.parametrize(
     ("argument", "said"),
     [
-        ("method.phy=4", "fedlama takes: phi, warmup.  Did you mean  method.phi ?"),
-        ("roundz=4", "Did you mean  rounds ?"),
-        ("lr=4", "Did you mean  local.lr ?"),
-        ("data.partion=iid", "Did you mean  data.partition ?"),
-        ("local.momentun=0.5", "Did you mean  local.momentum ?"),
+        ("method.phy=4", "fedlama takes: phi, warmup.  did you mean 'method.phi'?"),
+        ("roundz=4", "did you mean 'rounds'?"),
+        ("lr=4", "did you mean 'local.lr'?"),
+        ("data.partion=iid", "did you mean 'data.partition'?"),
+        ("local.momentun=0.5", "did you mean 'local.momentum'?"),
         ("uplink.densty=0.5", "dense takes: values."),
         ("method.mu=4", "mu belongs to fedprox."),
         ("rounds.x=1", "expected a whole number >= 1"),
@@ -134,7 +134,14 @@ def test_an_unknown_key_says_where_it_stands_and_what_was_meant(argument: str, s
 def test_an_unknown_key_of_a_file_says_its_line(tmp_path: Path) -> None:
     error = refused(target=toml(tmp_path, 'preset = "quickstart"\n[local]\nlr = 0.1\nmomentun = 0.9\n'))
     assert (error.code, error.where) == ("E102", "exp.toml:4")
-    assert refused(env={"LAMINA_ROUNDZ": "3"}).where == "environment LAMINA_ROUNDZ"
+
+
+def test_a_stray_variable_warns_and_one_of_a_section_is_refused() -> None:
+    with pytest.warns(UserWarning, match="LAMINA_ROUNDZ of the environment is no key .* did you mean 'LAMINA_ROUNDS'"):
+        assert quick(env={"LAMINA_ROUNDZ": "3"}).rounds == quick().rounds
+    with pytest.warns(UserWarning, match="LAMINA_FOO__BAR"):
+        quick(env={"LAMINA_FOO__BAR": "3"})
+    assert refused(env={"LAMINA_LOCAL__MOMENTUN": "3"}).where == "environment LAMINA_LOCAL__MOMENTUN"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +154,7 @@ def test_an_unknown_key_of_a_file_says_its_line(tmp_path: Path) -> None:
         ("engine=ray", "E103", "engine: expected one of auto, loop, processes, threads"),
         ("model.widths=64", "E103", "model.widths: expected a list (a whole number), got 64"),
         ("data.clients=2.5", "E103", "data.clients: expected a whole number, got 2.5"),
-        ("method=fedlma", "E103", "Did you mean fedlama ?"),
+        ("method=fedlma", "E103", "did you mean 'fedlama'?"),
         ("loss=mae", "E103", "loss: expected one of cross_entropy, mse"),
         ("local.lr=-1", "E101", "local.lr=-1.0: expected a number > 0"),
         ("local.schedule=cosin", "E103", "schedule='cosin'"),
@@ -181,7 +188,7 @@ def test_a_method_that_refuses_the_local_work_names_the_origin_of_that() -> None
 def test_a_file_that_is_not_toml_and_a_preset_that_is_not_there(tmp_path: Path) -> None:
     assert refused(target=toml(tmp_path, "rounds = = 3\n")).code == "E104"
     assert refused(target=tmp_path / "none.toml").code == "E105"
-    assert "Did you mean quickstart ?" in str(refused(target="quikstart"))
+    assert "did you mean 'quickstart'?" in str(refused(target="quikstart"))
 
 
 def test_seeded_typos_in_keys_are_understood() -> None:
@@ -350,6 +357,23 @@ def test_an_entry_without_cfg_takes_its_keys_as_arguments(mine: Path) -> None:
     assert fed.layers[0].shape == (7, 3)
     error = refused(f'model={{entry="{given}", wide=7}}', target=mine)
     assert (error.code, error.message) == ("E102", "unknown key  model.wide")
+
+
+def test_an_entry_in_a_chain_keeps_its_origins(mine: Path, tmp_path: Path) -> None:
+    text = mine.read_text(encoding="utf-8").replace("method = ", "# ")
+    chain = '[[method]]\nentry = "mine.py:Mine"\n{}\n[[method]]\nname = "fedavg"\n'
+    path = toml(tmp_path, text + chain.format("strenght = 2.0"), "chain.toml")
+    at = path.read_text(encoding="utf-8").splitlines().index("strenght = 2.0") + 1
+    error = refused(target=path)
+    assert (error.message, error.where) == ("unknown key  method.0.strenght", f"chain.toml:{at}")
+    assert error.remedy == "mine.py:Mine takes: strength.  did you mean 'strength'?"
+    error = refused(target=toml(tmp_path, text + chain.format("strength = true"), "chain.toml"))
+    assert error.where == f"chain.toml:{at}"
+    made = load(toml(tmp_path, text + chain.format("strength = 2.0"), "chain.toml"), env={})
+    assert made.origin("method.0") == f"chain.toml:{at - 1}"
+    again = load(toml(tmp_path, to_toml(made), "config.toml"), env={})
+    assert again.model_dump() == made.model_dump()
+    assert refused('method=["fedavg", {name="fedlama", phy=4}]').remedy.endswith("did you mean 'method.1.phi'?")  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(

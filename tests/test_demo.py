@@ -25,6 +25,7 @@ def test_the_demo_ends_in_a_comparison_and_says_where_the_runs_lie(tmp_path: Pat
     ]
     assert infos[0]["split_sha256"] == infos[1]["split_sha256"]
     assert infos[0]["initial_sha256"] == infos[1]["initial_sha256"]
+    assert [info["options"]["evaluate_every"] for info in infos] == [demo.EVERY, demo.EVERY]
     share = 100 * infos[1]["bytes_up"] / infos[0]["bytes_up"]
     assert share < 100
     assert f"sent {share:.1f} % of FedAvg's uplink bytes" in " ".join(result.stdout.split())

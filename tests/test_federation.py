@@ -519,10 +519,11 @@ def test_the_sha256_of_a_state_is_that_of_names_shapes_and_bytes() -> None:
 
 
 def test_what_fedavg_would_cost_stands_in_every_record() -> None:
-    """Without diagnostics FedAvg in fp32 costs what it says: a newcomer receives all and all sends all."""
-    _, (record,) = cases.finish(cases.federation(diagnostics=False, cohort="all"), 1)
-    assert (record.fedavg_up, record.fedavg_down) == (record.bytes_up, record.bytes_down)
-    _, records = cases.finish(cases.federation(FedLAMA(phi=2), uplink=wire.TopK(0.1)), 2)
+    """FedAvg in fp32 costs what it says, with diagnostics and without: a newcomer receives all and all sends all."""
+    for diagnostics in (True, False):
+        _, (record,) = cases.finish(cases.federation(diagnostics=diagnostics, cohort="all"), 1)
+        assert (record.fedavg_up, record.fedavg_down) == (record.bytes_up, record.bytes_down)
+    _, records = cases.finish(cases.federation(FedLAMA(phi=2), uplink=wire.TopK(0.1), diagnostics=False), 2)
     assert {r.fedavg_up for r in records} == {record.fedavg_up * 3 // 5}
 
 

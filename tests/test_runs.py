@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from lamina import FedLAMA, State, StorageError, checkpoint, folder, runs
 from lamina.config import build, load
 from lamina.errors import ConfigError, RunError
-from lamina.machine import redacted
+from lamina.machine import redacted, sync_seconds
 from lamina.runs import Interrupted, Run, Watcher, compare, fit, new_folder, resume
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
@@ -68,10 +68,10 @@ class Stop:
 
 
 def test_a_run_folder_holds_everything_about_a_run(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", "method=fedlama", "run.keep_clients_log=true", keep_clients_log=True)
+    run = make(tmp_path / "run", "method=fedlama", "run.keep_clients_log=true")
     names = {path.name for path in run.path.iterdir()}
     assert names >= {"config.toml", "env.json", "run.json", "metrics.jsonl", "layers.jsonl", "bytes.jsonl"}
-    assert names >= {"events.jsonl", "clients.jsonl", "checkpoints", "model.safetensors"}
+    assert names >= {"split.json", "events.jsonl", "clients.jsonl", "checkpoints", "model.safetensors"}
     info = json.loads((run.path / "run.json").read_text())
     assert (info["status"], info["exit_code"], info["rounds_done"]) == ("done", 0, 4)
     assert info["engine"] == "loop"
@@ -80,6 +80,11 @@ def test_a_run_folder_holds_everything_about_a_run(tmp_path: Path) -> None:
     env = json.loads((run.path / "env.json").read_text())
     assert env["torch"] == torch.__version__
     assert env["data"]["clients"] == 6
+    split = json.loads((run.path / "split.json").read_text())
+    assert split["split_sha256"] == info["split_sha256"]
+    assert len(split["clients"]) == 6
+    assert all(sum(row["labels"]) == row["examples"] for row in split["clients"])
+    assert sum(row["examples"] for row in split["clients"]) == 1442
     assert len(lines(run.path / "metrics.jsonl")) == len(run.records) == 4
     assert len(lines(run.path / "layers.jsonl")) == 4 * 4
     assert len(lines(run.path / "clients.jsonl")) == 4 * 3
@@ -189,6 +194,57 @@ def test_more_rounds_can_be_asked_for(whole: Run, tmp_path: Path) -> None:
     assert resume(tmp_path / "short", progress=False).info["rounds_done"] == 6
     with pytest.raises(ConfigError, match="has done 6"):
         resume(tmp_path / "short", 4, progress=False)
+
+
+def test_more_rounds_change_no_rounds_of_a_part(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN_ROUNDS, encoding="utf-8")
+    entry = f'method={{entry="{tmp_path / "mine.py"}:Mine", rounds=7}}'
+    run = make(tmp_path / "run", entry, "run.checkpoint_every=1", rounds=2)
+    resume(run.path, 3, progress=False)
+    config = load(run.path, env={})
+    assert (config.rounds, config.method[0].arguments["rounds"]) == (3, 7)
+    assert config.origin("rounds").startswith("config.toml:")
+    assert "# lamina resume" in (run.path / "config.toml").read_text()
+    before = (run.path / "config.toml").read_bytes()
+    resume(run.path, progress=False)
+    assert (run.path / "config.toml").read_bytes() == before
+
+
+OWN_ROUNDS = """
+import lamina
+
+class Mine(lamina.Method):
+    def __init__(self, rounds: int = 1):
+        self.kept = rounds
+"""
+
+
+def test_a_config_says_how_a_run_is_kept(tmp_path: Path) -> None:
+    keys = ("evaluate_every=2", "run.checkpoint_every=3", "run.keep_clients_log=true")
+    run = make(tmp_path / "run", *keys, rounds=5)
+    assert run.info["options"] == {"evaluate_every": 2, "checkpoint_every": 3, "keep_clients_log": True}
+    assert [row.round for row in run.records if row.accuracy is not None] == [1, 3, 4]
+    assert make(tmp_path / "2", *keys, rounds=1, evaluate_every=1).info["options"]["evaluate_every"] == 1
+
+
+def test_where_clients_keep_their_own_models_theirs_is_the_accuracy(tmp_path: Path) -> None:
+    run = make(tmp_path / "1", "method=localonly", rounds=3)
+    assert run.final is not None
+    assert run.best is not None
+    assert run.final.personal_accuracy is not None
+    assert f"final personal accuracy {run.final.personal_accuracy:.4f} @ 2" in run.summary()
+    assert run.best.personal_accuracy == max(row.personal_accuracy or 0 for row in run.records)
+    assert run.info["best"]["round"] == run.best.round
+    rows = compare([make(tmp_path / "2", rounds=3), run])
+    assert [row["personal"] for row in rows] == [False, True]
+    assert rows[1]["accuracy"] == run.final.personal_accuracy
+
+
+def test_what_a_folder_costs_to_be_safe(tmp_path: Path) -> None:
+    seconds = sync_seconds(tmp_path)
+    assert seconds is not None
+    assert seconds >= 0
+    assert sync_seconds(tmp_path / "nothing") is None
 
 
 def test_rows_behind_the_last_commit_are_cut_off(whole: Run, tmp_path: Path) -> None:
@@ -382,6 +438,20 @@ def test_comparing_needs_the_same_split(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="another split"):
         compare([first, other])
     assert len(compare([first, other], force=True)) == 2
+
+
+def test_a_centralised_run_stands_beside_federated_ones_on_the_same_examples(tmp_path: Path) -> None:
+    federated, central = make(tmp_path / "1", rounds=1), make(tmp_path / "2", "method=centralised", rounds=1)
+    rows = compare([federated, central])
+    assert [row["partition"] for row in rows] == ["dirichlet:0.5", "pooled"]
+    assert len(compare([central, federated])) == 2
+    other = make(tmp_path / "3", "data.seed=1", rounds=1)
+    with pytest.raises(ConfigError, match="another split"):
+        compare([central, federated, other])
+    central.info["pool_sha256"] = "0"
+    with pytest.raises(ConfigError, match="2 has other examples than 1"):
+        compare([federated, central])
+    assert len(compare([federated, central], force=True)) == 2
 
 
 def test_titles() -> None:

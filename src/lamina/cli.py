@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import os
 import re
 import sys
@@ -130,9 +131,6 @@ def run(
             fed,
             config.rounds,
             runs.new_folder(config.name, config.method_title, run_dir),
-            evaluate_every=config.evaluate_every,
-            checkpoint_every=config.run.checkpoint_every,
-            keep_clients_log=config.run.keep_clients_log,
             progress=_watcher(out, json, quiet, config.run.log_every),
             config=config,
         ),
@@ -260,11 +258,8 @@ def compare(
         writer.writeheader()
         writer.writerows(rows)
     elif md:
-        for number, line in enumerate(terminal.comparison(rows, None)[:-1]):
-            cells = re.split(r"\s{2,}", line.strip())
-            print("| " + " | ".join(cells) + " |")
-            if number == 0:
-                print("|" + "---|" * len(cells))
+        columns, same = terminal.compared(rows)
+        print("\n".join([*terminal.markdown(columns), "", same]))
     else:
         _say(out, terminal.comparison(rows, terminal.width_of(out)))
 
@@ -285,6 +280,8 @@ def list_(
 
     if what not in LISTS:
         raise ConfigError(f"list {what}: expected one of {', '.join(LISTS)}", where="command line, argument 1")
+    if run_dir is not None and what != "runs":
+        raise ConfigError(f"--run-dir is of `lamina list runs`, not of {what}")
     rows, columns = _runs_listed(run_dir) if what == "runs" else _data_listed() if what == "data" else _named(what)
     out = terminal.console(no_color=no_color)
     if json:
@@ -292,6 +289,8 @@ def list_(
             terminal.emit(row)
     elif not rows:
         _say(out, ["  none"])
+    elif what == "presets":  # sentences: wrapped, where a table would drop them
+        _say(out, terminal.fields([(row["name"], row["about"]) for row in rows], terminal.width_of(out)))
     else:
         _say(out, terminal.table(columns, terminal.width_of(out)))
 
@@ -308,7 +307,7 @@ def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
         from lamina.settings import presets
 
         texts = presets().items()
-        rows = [{"name": name, "about": text.splitlines()[0].lstrip("# ")} for name, text in texts]
+        rows = [{"name": name, "about": _head(text)} for name, text in texts]
     else:
         from lamina import config as configs
 
@@ -325,6 +324,12 @@ def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
     if "takes" in rows[0]:
         columns.insert(1, Column("takes", [row["takes"] for row in rows], 1, left=True))
     return rows, columns
+
+
+def _head(text: str) -> str:
+    """The comment that a TOML file begins with, as one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
 
 
 def _about(thing: Any) -> str:
@@ -358,6 +363,7 @@ def _data_listed() -> tuple[list[dict[str, Any]], list[Column]]:
 
 
 def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.folder import standing
     from lamina.runs import Run, runs_root
     from lamina.terminal import Column, share, size
 
@@ -368,7 +374,8 @@ def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Colum
         except LaminaError:
             continue  # a folder of another version: `compare` would say so
         final = run.final
-        rows.append({"run": str(file.parent), "accuracy": final and final.accuracy, **run.info})
+        accuracy = final and standing(final, run.personal)
+        rows.append({"run": str(file.parent), "accuracy": accuracy, **run.info})
     columns = [
         Column("run", [row["run"] for row in rows], left=True),
         Column("status", [row["status"] for row in rows], 1, left=True),
@@ -409,6 +416,28 @@ def data_fetch(
             _say(out, [f"  {name}  {stored.folder}  from {stored.source}" + ("  verified" if verify else "")])
 
 
+@data_app.command("show")
+@_guarded
+def data_show(
+    target: Annotated[str, typer.Argument(metavar="PRESET_OR_TOML", show_default=False)],
+    keys: Keys = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Who holds what: `lamina data show quickstart data.partition=dirichlet:0.1 data.clients=20`."""
+    from lamina import config as configs
+    from lamina import folder, terminal
+
+    config = configs.load(target, keys or ())
+    with terminal.Fetching(terminal.console(no_color=no_color, stderr=True)) as progress:
+        split = folder.split_table(configs.data_of(config, progress))
+    if json:
+        terminal.emit(split)
+        return
+    out = terminal.console(no_color=no_color)
+    _say(out, terminal.split_lines(split, terminal.width_of(out)))
+
+
 @app.command()
 @_guarded
 def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False) -> None:
@@ -421,9 +450,14 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
     from lamina import data, engine, machine, runs, terminal
 
     def free(folder: Path) -> str:
-        there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-        return f"{folder} · {terminal.size(shutil.disk_usage(there).free)} free"
+        return f"{folder} · {terminal.size(shutil.disk_usage(there(folder)).free)} free"
 
+    def there(folder: Path) -> Path:
+        return next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+
+    root = runs.runs_root(run_dir)
+    synced = machine.sync_seconds(there(root))
+    memory = machine.free_memory()
     name, workers, reason = engine.choose("auto", 1 << 20, 32, 10, None)
     extras = {"scikit-learn": "digits", "pillow": "PNG of CIFAR-10"}
     missing = [f"{package} (for {use})" for package, use in extras.items() if machine.installed(package) is None]
@@ -435,7 +469,11 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
         "engine": f"auto, for a model of 1 MiB and 10 clients a round: {name}"
         + (f" x{workers}" if name == "processes" else "")
         + f" · {reason}",
-        "runs": free(runs.runs_root(run_dir)),
+        "memory": "unknown" if memory is None else f"{terminal.size(memory)} free",
+        "same bits": "loop and processes, for any number of workers, with this torch on this kind of cpu · other ones "
+        "may differ in the last bits",
+        "runs": f"{free(root)} · "
+        + ("cannot be written" if synced is None else f"a small file is safe in {1000 * synced:.1f} ms"),
         "cache": free(data.cache_folder()),
         "data": " · ".join(sets),
         "extras": "all here" if not missing else "missing: " + ", ".join(missing) + " · pip install 'lamina[demo]'",

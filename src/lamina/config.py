@@ -25,8 +25,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import torch
-from annotated_types import Ge
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 from torch import nn
 
@@ -36,12 +34,12 @@ from lamina.client import LocalSGD
 from lamina.data import ClientData
 from lamina.entry import is_entry, short
 from lamina.entry import thing as entry_thing
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError, LaminaError, meant
 from lamina.federation import Federation
 from lamina.method import Chain, FedAvg, Method
 from lamina.methods import METHODS
 from lamina.models import MODELS
-from lamina.settings import PARTS, SECTIONS, Key, Values, collect, meant
+from lamina.settings import PARTS, SECTIONS, Key, Values, collect
 
 CENTRALISED = "centralised"  # no method: all examples with one client, the point of reference
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -74,7 +72,7 @@ class RunOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     checkpoint_every: Literal["auto"] | Whole = "auto"  # rounds; "auto": as often as costs 5 % of the time
-    keep_clients_log: bool = False  # clients.jsonl: a row per round and client
+    keep_clients_log: bool = False  # clients.jsonl: a row per round and client, with its bytes up and down in all
     log_every: Whole | None = None  # rounds between two printed lines
 
 
@@ -105,9 +103,16 @@ class Config(BaseModel):
     _origins: dict[Key, str] = PrivateAttr(default_factory=dict)
 
     def origin(self, path: str) -> str:
-        """Where a key's value comes from, e.g. ``"exp.toml:9"``."""
+        """Where a key's value comes from, or a part's name or entry; e.g. ``"exp.toml:9"``."""
         parts = tuple(path.split("."))
-        return self._origins.get(parts) or self._origins.get((*parts, "name")) or "default"
+        ways = (parts, (*parts, "name"), (*parts, "entry"))
+        return next((self._origins[way] for way in ways if way in self._origins), "default")
+
+    @property
+    def method_paths(self) -> list[Key]:
+        """Where the keys of each method stand: ("method",), or ("method", "0") and so on in a chain."""
+        chained = any(path[0] == "method" and len(path) > 2 for path in self._origins)
+        return [("method", str(i)) for i in range(len(self.method))] if chained else [("method",)]
 
     @property
     def sha256(self) -> str:
@@ -134,7 +139,7 @@ def load(target: str | Path, arguments: Sequence[str] = (), env: Mapping[str, st
     Raises:
         ConfigError: E102 to E106, with the origin of what is wrong.
     """
-    return _resolve(collect(target, arguments, env))
+    return _resolve(collect(target, arguments, env, Config.model_fields))
 
 
 # ---- what a part takes
@@ -223,7 +228,7 @@ def _resolve(values: Values) -> Config:
     config = Config(**tree)
     config._origins.update(origins)
     if len(config.method) > 1 and any(part.name == CENTRALISED for part in config.method):
-        raise ConfigError("method: centralised stands alone", code="E103", where=config.origin("method.0.name"))
+        raise ConfigError("method: centralised stands alone", code="E103", where=config.origin("method.0"))
     method_of(config)  # impossible values show before any data is touched
     _codec(config, "uplink")
     _codec(config, "downlink")
@@ -263,7 +268,7 @@ def _resolved_part(section: str, given: Mapping[Key, Any], path: Key, origins: M
             f"{section}: expected one of {', '.join(known)}; got {name!r}",
             code="E103",
             where=where,
-            remedy=meant(name, known) + _listing(section),
+            remedy=f"{meant(name, known)}  {_listing(section)}".strip(),
         )
     return {"name": name, **_arguments(known[name], section, name, given, path, origins)}
 
@@ -333,7 +338,7 @@ def _expected(annotation: Any) -> str:
     kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is Annotated:
         metadata = [m for entry in parts[1:] for m in getattr(entry, "metadata", [entry])]
-        least = [f" >= {m.ge}" for m in metadata if isinstance(m, Ge)]
+        least = [f" >= {m.ge}" for m in metadata if getattr(m, "ge", None) is not None]
         pattern = [" of letters, digits, dots and dashes" for m in metadata if getattr(m, "pattern", None)]
         return _expected(parts[0]) + "".join(least + pattern)
     if kind in (typing.Union, types.UnionType):
@@ -397,7 +402,7 @@ def _owners(section: str, key: str) -> str:
 def _unknown(path: Key, origin: str, given: Mapping[Key, Any], more: str) -> ConfigError:
     key = ".".join(path)
     close = None if "belongs to" in more else _closest(key, _all_keys(given))
-    remedy = more + (f"Did you mean  {close} ?" if close else "")
+    remedy = more + (f"did you mean {close!r}?" if close else "")
     return ConfigError(f"unknown key  {key}", code="E102", where=origin, remedy=remedy.strip() or None)
 
 
@@ -405,9 +410,11 @@ def _all_keys(given: Mapping[Key, Any]) -> list[str]:
     """Every key that could be said here."""
     keys = [name for name in Config.model_fields if name not in ("local", "run")] + ["preset"]
     keys += [f"local.{name}" for name in takes(LocalSGD)] + [f"run.{name}" for name in RunOptions.model_fields]
-    for section in PARTS:
-        known = _known_arguments(section, given, (section,))
-        keys += [f"{section}.{name}" for name in ("name", "entry", *(known[1] if known else ()))]
+    chain = {path[:2] for path in given if path[0] == "method" and len(path) > 2}
+    paths: list[Key] = [(section,) for section in PARTS if section != "method" or not chain]
+    for path in (*paths, *sorted(chain)):
+        known = _known_arguments(path[0], given, path)
+        keys += [".".join((*path, name)) for name in ("name", "entry", *(known[1] if known else ()))]
     return keys
 
 
@@ -444,16 +451,15 @@ def build(config: Config, progress: Callable[[str, str, int, int], None] | None 
         LaminaError: what is impossible, with the origin of the key.
     """
     data = data_of(config, progress)
-    pooled = any(part.name == CENTRALISED for part in config.method)
     try:
         return Federation(
             model_of(config),
-            pool(data) if pooled else data,
+            data,
             method=method_of(config),
             uplink=_codec(config, "uplink"),
             downlink=_codec(config, "downlink"),
             local=local_of(config),
-            cohort="all" if pooled else config.cohort,
+            cohort="all" if _pools(config) else config.cohort,
             weights=config.weights,
             buffers=config.buffers,
             loss=loss_of(config),
@@ -475,9 +481,19 @@ def build(config: Config, progress: Callable[[str, str, int, int], None] | None 
 
 
 def data_of(config: Config, progress: Callable[[str, str, int, int], None] | None = None) -> ClientData:
+    """As the clients of this config's federation hold it: fetched if need be, and pooled where it is centralised."""
+    data = _split_of(config, progress)
+    return data.pooled() if _pools(config) else data
+
+
+def _pools(config: Config) -> bool:
+    return any(part.name == CENTRALISED for part in config.method)
+
+
+def _split_of(config: Config, progress: Callable[[str, str, int, int], None] | None) -> ClientData:
     part, where = config.data, config.origin("data")
     if part.entry is not None:
-        made = _made(part, config, "data")
+        made = _made(part, config, ("data",))
         if not isinstance(made, ClientData):
             message = f"{short(part.entry)} gave {type(made).__name__}, expected a lamina.ClientData"
             raise ConfigError(message, code="E106", where=where)
@@ -494,19 +510,11 @@ def data_of(config: Config, progress: Callable[[str, str, int, int], None] | Non
         ) from error
 
 
-def pool(data: ClientData) -> ClientData:
-    """All examples that anybody holds, with one client."""
-    held = torch.unique(data.indices)
-    return ClientData.from_index(
-        data.x, data.y, {"all": held}, test=data.test, transform=data.transform, name=data.name, partition="pooled"
-    )
-
-
 def model_of(config: Config) -> Callable[[], nn.Module]:
     """What makes the model; Federation calls it under the seed."""
     part, where = config.model, config.origin("model")
     if part.entry is not None:
-        return lambda: typing.cast("nn.Module", _made(part, config, "model"))
+        return lambda: typing.cast("nn.Module", _made(part, config, ("model",)))
     make, arguments = MODELS[str(part.name)], part.arguments
 
     def made() -> nn.Module:
@@ -520,11 +528,10 @@ def model_of(config: Config) -> Callable[[], nn.Module]:
 
 def method_of(config: Config) -> Method[Any, Any]:
     methods = []
-    for i, part in enumerate(config.method):
-        path = ("method",) if ("method", "0", "name") not in config._origins else ("method", str(i))
+    for path, part in zip(config.method_paths, config.method, strict=True):
         where = config.origin(".".join(path))
         if part.entry is not None:
-            made = _made(part, config, "method")
+            made = _made(part, config, path)
         else:
             keys = {k: config._origins.get((*path, k), where) for k in part.arguments}
             made = _constructed(catalogue("method")[str(part.name)], part.arguments, "method", where, keys)
@@ -538,7 +545,7 @@ def method_of(config: Config) -> Method[Any, Any]:
     try:
         return Chain(*methods)
     except ConfigError as error:
-        raise _located(error, "method", config.origin("method.0.name"), {}) from error
+        raise _located(error, "method", config.origin("method.0"), {}) from error
 
 
 def local_of(config: Config) -> LocalSGD:
@@ -569,7 +576,7 @@ def loss_of(config: Config) -> Callable[..., Any] | Literal["cross_entropy"]:
 def _codec(config: Config, section: Literal["uplink", "downlink"]) -> wire.Codec:
     part = config.uplink if section == "uplink" else config.downlink
     if part.entry is not None:
-        codec: wire.Codec = _made(part, config, section)
+        codec: wire.Codec = _made(part, config, (section,))
         return codec
     return wire.parse({"name": part.name, **part.arguments})
 
@@ -594,10 +601,10 @@ def _located(error: ConfigError, section: str, where: str, keys: Mapping[str, st
 # ---- a user's own parts
 
 
-def _made(part: Part, config: Config, section: str) -> Any:
+def _made(part: Part, config: Config, path: Key) -> Any:
     """What an entry stands for: an instance as it is; thing(cfg) when it takes one argument that is not a key of the
     part; else thing(keys)."""
-    where = config.origin(section) if section != "method" else config.origin("method.entry")
+    where = config.origin(".".join(path))
     entry = str(part.entry)
     thing = entry_thing(entry, where)
     if not callable(thing) or isinstance(thing, nn.Module | Method | ClientData):
@@ -610,10 +617,11 @@ def _made(part: Part, config: Config, section: str) -> Any:
         )
     if not needed:
         for key, value in keys.items():
+            title, origin = ".".join((*path, key)), config._origins.get((*path, key), where)
             if key not in known:
-                takes_text = f"{short(entry)} takes: {', '.join(known) or 'no arguments'}"
-                raise ConfigError(f"unknown key  {section}.{key}", code="E102", where=where, remedy=takes_text)
-            keys[key] = _checked(known[key].annotation, value, f"{section}.{key}", where)
+                takes_text = f"{short(entry)} takes: {', '.join(known) or 'no arguments'}.  {meant(key, known)}"
+                raise ConfigError(f"unknown key  {title}", code="E102", where=origin, remedy=takes_text.strip())
+            keys[key] = _checked(known[key].annotation, value, title, origin)
     try:
         return thing(config) if needed else thing(**keys)
     except LaminaError:
@@ -643,7 +651,7 @@ def to_toml(config: Config) -> str:
             put((key,), value)
     for section in (*PARTS, "local", "metrics", "run"):
         tables = tree[section] if section == "method" else [tree[section]]
-        chained = section == "method" and (len(tables) > 1 or ("method", "0", "name") in config._origins)
+        chained = section == "method" and config.method_paths != [("method",)]
         for i, table in enumerate(tables):
             if not table:
                 continue

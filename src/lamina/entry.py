@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import sys
@@ -12,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lamina.errors import ConfigError, LaminaError
+from lamina.errors import ConfigError, LaminaError, meant
 
 
 def is_entry(value: Any) -> bool:
@@ -43,9 +42,8 @@ def thing(entry: str, where: str) -> Any:
         )
     module = _module(path.resolve(), path.stat().st_mtime_ns, where)
     if not hasattr(module, name):
-        close = difflib.get_close_matches(name, [n for n in vars(module) if not n.startswith("_")], 1)
-        remedy = f"Did you mean {close[0]} ?" if close else None
-        raise ConfigError(f"{path.name} has no {name!r}", code="E106", where=where, remedy=remedy)
+        remedy = meant(name, [known for known in vars(module) if not known.startswith("_")])
+        raise ConfigError(f"{path.name} has no {name!r}", code="E106", where=where, remedy=remedy or None)
     return getattr(module, name)
 
 

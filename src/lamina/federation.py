@@ -150,14 +150,15 @@ class Federation:
         self.local = local or LocalSGD()
         self.weights = weights
         self.metrics = dict(metrics or {})
+        for name, metric in self.metrics.items():
+            expect(callable(metric), f"metrics[{name!r}]={metric!r}: expected a function (outputs, targets) -> number")
         self.seed = seed
         self.uplink = uplink or wire.Dense()
         self.downlink = _downlink(downlink or wire.Dense())
         self.buffers = buffers
 
         with addressed_rng(seed, "model"):
-            made = copy.deepcopy(model) if isinstance(model, nn.Module) else model()
-        expect(isinstance(made, nn.Module), f"model: expected an nn.Module, got {type(made).__name__}", where="model")
+            made = _made(model)
         self.loss = loss_function(loss)
         self._trainer: Trainer = ready(made, self.loss, data, self.local, seed)
         self.layers: tuple[Layer, ...] = layer_table(made)
@@ -168,6 +169,7 @@ class Federation:
             self.local.weight_decay, self.local.clip, buffers if self._trainer.buffers else "",
         )  # fmt: skip
         self.method = parts.bind(task)
+        self._diagnostics = diagnostics
         moments = diagnostics or self.method.needs_moments
         self._setup = Setup(
             data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, through_bytes
@@ -406,13 +408,15 @@ class Federation:
         return Observed(reference, elapsed), rows
 
     def _fedavg_bytes(self) -> tuple[int, int]:
-        """Bytes up and down of one client and round under plain FedAvg with fp32."""
+        """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
         params, buffers = self.initial
         plan = Broadcast(self._plan(params, buffers, 0, self.local.lr, self.cohort), wire.Dense(), self._schema, False)
         down = sum(size.total for size in plan.sizes(plan.lacking({}), -1).values())
         trees = {"update": params}
         if self.buffers == "average" and buffers:
             trees["buffers"] = buffers
+        if self._diagnostics:
+            trees["moments"] = {name: torch.zeros((), dtype=torch.float64) for name in params}
         raw = wire.Dense()
         lengths = {t: raw.transmit(x, wire.Context(wire.schema_of(x)))[1].total for t, x in trees.items()}
         up = sum(lengths.values()) + frame.overhead("message", {"steps": 0.0, "loss": 0.0}, lengths)
@@ -522,6 +526,22 @@ def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> di
         "alignment": norm2 / second if second > 0 else None,
         "discrepancy": spread / (steps * numel) if steps * numel else None,
     }
+
+
+def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
+    """A model of our own."""
+    if isinstance(model, nn.Module):
+        return copy.deepcopy(model)
+    try:
+        made = model() if callable(model) else model
+    except TypeError as error:
+        name = getattr(model, "__name__", "it")
+        remedy = f"for example lambda: {name}(...)"
+        raise ConfigError(
+            f"model: {name} cannot be called without arguments: {error}", where="model", remedy=remedy
+        ) from error
+    expect(isinstance(made, nn.Module), f"model: expected an nn.Module, got {type(made).__name__}", where="model")
+    return made
 
 
 def _expect_a(name: str, value: object, kind: type, example: str) -> None:

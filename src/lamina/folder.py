@@ -14,13 +14,14 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 from safetensors.torch import save
 
 from lamina import checkpoint
+from lamina.data import ClientData
 from lamina.errors import StorageError
 from lamina.federation import Federation, State
 from lamina.record import RoundRecord
@@ -66,9 +67,10 @@ class Row(NamedTuple):
 class Book:
     """Writes a run folder."""
 
-    def __init__(self, folder: Path, info: dict[str, Any]):
+    def __init__(self, folder: Path, info: dict[str, Any], best: Row | None = None):
         self.folder = folder
         self.info = info
+        self._best = best  # until now
         self.logs = (*LOGS, CLIENTS) if info["options"]["keep_clients_log"] else LOGS
         self._lines: dict[str, list[str]] = {log: [] for log in self.logs}
         self._began = time.monotonic() - info["seconds"]
@@ -111,11 +113,9 @@ class Book:
         if CLIENTS in self._lines:
             for client in record.clients:
                 self._put(CLIENTS, {"round": t, **client._asdict()})
-        best = self.info["best"]
         if counts(row):
-            self.info["final"] = result(row)
-            if best is None or (row.accuracy or 0, -(row.loss or 0)) > (best["accuracy"] or 0, -(best["loss"] or 0)):
-                self.info["best"] = result(row)
+            self._best = best_of([row] if self._best is None else [self._best, row], self.info["personal"])
+            self.info |= {"final": result(row), "best": result(self._best)}
         return row
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -182,6 +182,36 @@ class Book:
 
 def counts(row: Row) -> bool:
     return row.in_sync and (row.accuracy is not None or row.loss is not None)
+
+
+def standing(row: Row, personal: bool) -> float | None:
+    """The accuracy that a round stands for: where clients keep models of their own and the global one is not trained,
+    the personal one."""
+    return row.personal_accuracy if personal else row.accuracy
+
+
+def best_of(rows: Sequence[Row], personal: bool) -> Row | None:
+    """The round in sync with the highest accuracy (the lowest loss, where there is none); the first of equals."""
+    tested = [row for row in rows if counts(row)]
+    return max(tested, key=lambda row: (standing(row, personal) or 0.0, -(row.loss or 0.0))) if tested else None
+
+
+def split_table(data: ClientData) -> dict[str, Any]:
+    """split.json: who holds how much, and of which labels (`labels` is None where there are none)."""
+    table = data.label_table()
+    labels = [None] * len(data) if table is None else table.tolist()
+    clients = [
+        {"client": name, "examples": size, "labels": counted}
+        for name, size, counted in zip(data.names, data.sizes.tolist(), labels, strict=True)
+    ]
+    return {
+        "data": data.name,
+        "partition": data.partition,
+        "split_sha256": data.split_sha256,
+        "pool_sha256": data.pool_sha256,
+        "classes": data.classes,
+        "clients": clients,
+    }
 
 
 def result(row: Row | None) -> dict[str, Any] | None:
@@ -298,6 +328,14 @@ def finite(value: Any) -> Any:
 
 def document(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def split_document(data: ClientData) -> bytes:
+    """split.json with one line per client."""
+    table = split_table(data)
+    clients = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in table.pop("clients"))
+    head = json.dumps(table, indent=1, ensure_ascii=False).removesuffix("\n}")
+    return f'{head},\n "clients": [\n  {clients}\n ]\n}}\n'.encode()
 
 
 @contextlib.contextmanager

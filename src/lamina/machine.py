@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +62,31 @@ def cpu_name() -> str:
         if found:
             return found[1]
     return platform.processor() or platform.machine()
+
+
+def free_memory() -> int | None:
+    """Bytes that programs can have without swapping, where the system says so."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"))
+        if found:
+            return int(found[1]) * 1024
+    return None
+
+
+def sync_seconds(folder: Path) -> float | None:
+    """How long a small file takes to be safe on this disk, the median of five; None where nothing can be written."""
+    times = []
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(5):
+                began = time.perf_counter()
+                file.write(b"lamina" * 100)
+                file.flush()
+                os.fsync(file.fileno())
+                times.append(time.perf_counter() - began)
+    except OSError:
+        return None
+    return statistics.median(times)
 
 
 _SECRET = re.compile(r"(?i)(token|secret|passw|credential|api_?key|auth)")

@@ -34,23 +34,39 @@ def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("the model has no trainable parameter", code="E111", where="model")
+    largest, smallest = _extremes(data, local)
     convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
-    if convolves and _fails(model, loss, data, local, seed, channels_last=True) is None:
-        return Trainer(model, loss, data, local, seed, channels_last=True)
-    error = _fails(model, loss, data, local, seed, channels_last=False)
+    nhwc = convolves and _fails(model, loss, data, local, seed, largest, channels_last=True) is None
+    error = None if nhwc else _fails(model, loss, data, local, seed, largest, channels_last=False)
+    if error is None and len(smallest) < len(largest):
+        error = _fails(model, loss, data, local, seed, smallest, nhwc)
+        if error is not None:
+            error.remedy = (
+                f"some client's last batch has {len(smallest)} example(s): choose another batch_size, or a model that "
+                "takes such a batch (BatchNorm over a 1 x 1 map does not; norm='group' does)"
+            )
     if error is not None:
         raise error
-    return Trainer(model, loss, data, local, seed, channels_last=False)
+    return Trainer(model, loss, data, local, seed, nhwc)
+
+
+def _extremes(data: ClientData, local: LocalSGD) -> tuple[Tensor, Tensor]:
+    """The examples of a usual batch and of the smallest one that some client will train on."""
+    sizes = data.sizes
+    batch = local.batch_size or int(sizes.max())
+    last = torch.where(sizes < batch, sizes, torch.where(sizes % batch == 0, batch, sizes % batch))
+    usual = data.indices_of(int(sizes.argmax()))[: min(batch, _TRIAL)]
+    client = int(last.argmin())
+    return usual, data.indices_of(client)[: min(int(last[client]), _TRIAL)]
 
 
 def _fails(
-    model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int, channels_last: bool
+    model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int, indices: Tensor, channels_last: bool
 ) -> ConfigError | None:
-    """One training step's gradient on a real batch, on a copy."""
+    """One training step's gradient on these examples, on a copy."""
     trainer = Trainer(copy.deepcopy(model), loss, data, local, seed, channels_last)
     trainer.model.train()
-    largest = int(data.sizes.argmax())
-    x, y = trainer.batch(data.indices_of(largest)[:_TRIAL], None)
+    x, y = trainer.batch(indices, None)
     trace = _Trace(trainer.model)
     try:
         with addressed_rng(seed, "trial"):

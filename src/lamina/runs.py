@@ -3,6 +3,7 @@
 runs/<experiment>/<NNN>-<method>/
   config.toml       every key resolved; `lamina run config.toml` makes the same run again
   env.json          versions, machine, git commit, data, command
+  split.json        examples and labels of every client, and the sha256 of the split
   run.json          status running | done | failed | interrupted, totals, final sha256, engine and why
   metrics.jsonl  layers.jsonl  bytes.jsonl  events.jsonl  (clients.jsonl by choice)
   checkpoints/      the newest two
@@ -30,6 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lamina import checkpoint, wire
+from lamina.data.client_data import POOLED
 from lamina.errors import ConfigError, LaminaError, StorageError, expect
 from lamina.federation import Federation, State
 from lamina.folder import (
@@ -38,6 +40,7 @@ from lamina.folder import (
     VERSION,
     Book,
     Row,
+    best_of,
     counts,
     document,
     locked,
@@ -48,6 +51,8 @@ from lamina.folder import (
     restore,
     result,
     row_of,
+    split_document,
+    standing,
     storing,
 )
 from lamina.machine import environment
@@ -140,8 +145,12 @@ class Run:
     @property
     def best(self) -> Row | None:
         """The round in sync with the highest accuracy (the lowest loss, where there is no accuracy)."""
-        rows = [row for row in self.records if counts(row)]
-        return max(rows, key=lambda row: (row.accuracy or 0.0, -(row.loss or 0.0))) if rows else None
+        return best_of(self.records, self.personal)
+
+    @property
+    def personal(self) -> bool:
+        """Whether clients keep models of their own and the global one is not trained: then theirs is the accuracy."""
+        return bool(self.info["personal"])
 
     def summary(self) -> str:
         """A table for people: accuracy by round, thinned, and the totals."""
@@ -168,9 +177,9 @@ def fit(
     rounds: int,
     out: str | Path | None = None,
     *,
-    evaluate_every: int = 1,
-    checkpoint_every: int | Literal["auto"] = "auto",
-    keep_clients_log: bool = False,
+    evaluate_every: int | None = None,
+    checkpoint_every: int | Literal["auto"] | None = None,
+    keep_clients_log: bool | None = None,
     progress: bool | Watcher = True,
     config: Config | None = None,
 ) -> Run:
@@ -179,10 +188,12 @@ def fit(
     Args:
         rounds: how many.
         out: a folder that does not hold a run yet; None: runs/<data>/<NNN>-<method> (LAMINA_RUNS moves `runs`).
-        evaluate_every: test after every so many rounds, and after the last.
+        evaluate_every: test after every so many rounds, and after the last; None: as the config says, without one 1.
         checkpoint_every: rounds between two commits; "auto": as often as costs a twentieth of the time. The last
-            round, and the one that Ctrl-C or an error ends, are committed in any case.
-        keep_clients_log: write clients.jsonl.
+            round, and the one that Ctrl-C or an error ends, are committed in any case. None: as the config says,
+            without one "auto".
+        keep_clients_log: write clients.jsonl, the bytes of every client in every round; None: as the config says,
+            without one no.
         progress: show it, or who looks on.
         config: what the federation was built from; without it the folder cannot be resumed by itself.
 
@@ -191,6 +202,12 @@ def fit(
         Interrupted: Ctrl-C, after the round was committed. A second Ctrl-C stops at once.
     """
     expect(isinstance(rounds, int) and rounds >= 1, f"rounds={rounds}: expected a whole number >= 1", where="rounds")
+    if evaluate_every is None:
+        evaluate_every = 1 if config is None else config.evaluate_every
+    if checkpoint_every is None:
+        checkpoint_every = "auto" if config is None else config.run.checkpoint_every
+    if keep_clients_log is None:
+        keep_clients_log = False if config is None else config.run.keep_clients_log
     whole = checkpoint_every == "auto" or (isinstance(checkpoint_every, int) and checkpoint_every >= 1)
     expect(whole, f"checkpoint_every={checkpoint_every}: expected 'auto' or a whole number >= 1")
     title = method_title(fed.method) if config is None else config.method_title
@@ -214,6 +231,7 @@ def fit(
 
                 replace(folder / "config.toml", to_toml(config).encode())
             replace(folder / "env.json", document(environment(fed)))
+            replace(folder / "split.json", split_document(fed.data))
             for log in book.logs:
                 (folder / log).write_bytes(b"")
             book.save()
@@ -250,21 +268,17 @@ def resume(
         state, lengths, passed = restore(folder, fed, run.info["lengths"])
         info = run.info | {"rounds": total, "status": "running", "lengths": lengths, "error": None, "exit_code": None}
         info["rounds_done"] = state.round if state else 0
-        book = Book(folder, info)
+        records = [row_of(line) for line in read_log(folder / "metrics.jsonl", lengths["metrics.jsonl"])]
+        again = Run(folder, info, records, fed, state)
+        info |= {"best": result(again.best), "final": result(again.final)}
+        book = Book(folder, info, again.best)
         with storing(folder):
             book.save()
             for log, length in lengths.items():
                 os.truncate(folder / log, length)
             if (folder / "config.toml").is_file():
                 text = (folder / "config.toml").read_text(encoding="utf-8")
-                text = re.sub(
-                    r"(?m)^rounds = \d+( *)# (?!lamina resume).*$", rf"rounds = {total}\1# lamina resume", text
-                )
-                text = re.sub(r"(?m)^rounds = \d+", f"rounds = {total}", text)
-                replace(folder / "config.toml", text.encode())
-        records = [row_of(line) for line in read_log(folder / "metrics.jsonl", lengths["metrics.jsonl"])]
-        again = Run(folder, info, records, fed, state)
-        info |= {"best": result(again.best), "final": result(again.final)}
+                replace(folder / "config.toml", _with_rounds(text, total).encode())
         watcher = _watcher(progress)
         for damaged in passed:
             book.event({"event": "passed over", "code": "E404", "message": f"{damaged} is damaged"})
@@ -272,6 +286,13 @@ def resume(
         at = state.round if state else 0
         book.event({"event": "resumed", "round": at, "torch": torch.__version__})
         return _drive(fed, book, state, records, total - at, watcher)
+
+
+def _with_rounds(text: str, total: int) -> str:
+    """A written config with another number of rounds. A part may take `rounds` too: those stand below the head."""
+    head, table, parts = text.partition("\n[")
+    head = re.sub(rf"(?m)^rounds = (?!{total}\b)\d+( *)(?:#.*)?$", rf"rounds = {total}\1# lamina resume", head)
+    return head + table + parts
 
 
 def new_folder(experiment: str, method: str, root: str | Path | None = None) -> Path:
@@ -414,12 +435,15 @@ def _fresh_info(
         "method_repr": repr(fed.method),
         "uplink": codec_title(fed.uplink),
         "downlink": codec_title(fed.downlink),
+        "personal": fed.method.withholds == "personal",
         "data": fed.data.name,
+        "partition": fed.data.partition,
         "clients": len(fed.data),
         "cohort": fed.cohort,
         "parameters": sum(x.numel() for x in fed.initial.params.values()),
         "seed": fed.seed,
         "split_sha256": fed.data.split_sha256,
+        "pool_sha256": fed.data.pool_sha256,
         "initial_sha256": State(*fed.initial, (), ClientStore()).sha256(),
         "final_sha256": None,
         "config_sha256": None if config is None else config.sha256,
@@ -455,14 +479,20 @@ def _watcher(progress: bool | Watcher) -> Watcher:
 def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]:
     """A row per run: accuracy in rounds in sync, bytes, and how many times fewer than the first.
 
+    A run on pooled data (centralised) may stand beside any on the same examples. `accuracy` is that of the clients' own
+    models where `personal` says so.
+
     Raises:
         ConfigError: E109 when the runs are of different splits, unless `force`.
     """
     first = runs[0]
-    for run in runs[1:]:
-        if run.info["split_sha256"] != first.info["split_sha256"] and not force:
+    split = next((run for run in runs if run.info["partition"] != POOLED), first)
+    for run in () if force else runs:
+        pooled = run.info["partition"] == POOLED
+        key, what = ("pool_sha256", "other examples") if pooled else ("split_sha256", "another split")
+        if run.info[key] != split.info[key]:
             raise ConfigError(
-                f"{run.path.name} has another split than {first.path.name}: accuracies are not comparable",
+                f"{run.path.name} has {what} than {split.path.name}: accuracies are not comparable",
                 code="E109",
                 where=str(run.path),
                 remedy="give them the same data.name, clients, partition and data.seed; or --force",
@@ -480,19 +510,22 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]
                 "codec": codec,
                 "status": info["status"],
                 "rounds": info["rounds_done"],
-                "accuracy": final and final.accuracy,
+                "accuracy": final and standing(final, run.personal),
                 "loss": final and final.loss,
                 "accuracy_round": final and final.round,
-                "best": best and best.accuracy,
+                "best": best and standing(best, run.personal),
                 "best_round": best and best.round,
                 "personal_accuracy": final and final.personal_accuracy,
+                "personal": run.personal,
                 "bytes_up": info["bytes_up"],
                 "bytes_down": info["bytes_down"],
                 "bytes_total": total,
                 "vs_first": base / total if total else None,
                 "up_vs_first": info["bytes_up"] / first.info["bytes_up"] if first.info["bytes_up"] else None,
                 "seconds": info["seconds"],
+                "partition": info["partition"],
                 "split_sha256": info["split_sha256"],
+                "pool_sha256": info["pool_sha256"],
                 "initial_sha256": info["initial_sha256"],
                 "final_sha256": info["final_sha256"],
                 "torch": info["torch"],

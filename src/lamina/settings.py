@@ -8,17 +8,17 @@ part drops what lower layers said about the one before.
 
 from __future__ import annotations
 
-import difflib
 import importlib.resources
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lamina.entry import anchored, is_entry
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, meant
 
 PARTS = ("model", "data", "method", "uplink", "downlink")  # sections that name something
 SECTIONS = (*PARTS, "local", "run", "metrics")
@@ -28,8 +28,14 @@ Key = tuple[str, ...]  # ("method", "phi"), or ("method", "0", "phi") in a chain
 Values = dict[Key, tuple[Any, str]]  # key -> value, origin
 
 
-def collect(target: str | Path, arguments: Sequence[str], env: Mapping[str, str] | None) -> Values:
+def collect(
+    target: str | Path, arguments: Sequence[str], env: Mapping[str, str] | None, known: Collection[str]
+) -> Values:
     """What all layers say together; the last word on every key.
+
+    Args:
+        known: keys and sections at the top. A variable of another name may not be meant for lamina: it is left out,
+            with a warning.
 
     Raises:
         ConfigError: E101 an argument that is no key=value, E104 not TOML, E105 no such file or preset.
@@ -44,14 +50,9 @@ def collect(target: str | Path, arguments: Sequence[str], env: Mapping[str, str]
         if preset is not None:
             _lay(values, _toml(_preset(str(preset[0]), preset[1]), f"preset {preset[0]}", None))
         _lay(values, layer)
-    _lay(values, _environment(os.environ if env is None else env))
+    _lay(values, _environment(os.environ if env is None else env, known))
     _lay(values, _command_line(arguments))
     return values
-
-
-def meant(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), 1)
-    return f"Did you mean {close[0]} ?  " if close else ""
 
 
 def presets() -> dict[str, str]:
@@ -83,7 +84,7 @@ def _preset(name: str, where: str) -> str:
             f"no file and no preset is named {name!r}",
             code="E105",
             where=where,
-            remedy=f"{meant(name, known)}presets: {', '.join(known)}",
+            remedy=f"{meant(name, known)}  presets: {', '.join(known)}".strip(),
         )
     return known[name]
 
@@ -127,7 +128,7 @@ def _keys(dotted: str) -> Key:
     return tuple(part.strip().strip("\"'") for part in dotted.split("."))
 
 
-def _environment(env: Mapping[str, str]) -> Values:
+def _environment(env: Mapping[str, str], known: Collection[str]) -> Values:
     layer: Values = {}
     for variable in sorted(env):
         if not variable.startswith("LAMINA_") or variable in _OWN_VARIABLES:
@@ -135,6 +136,11 @@ def _environment(env: Mapping[str, str]) -> Values:
         key = variable.removeprefix("LAMINA_").lower()
         if key.startswith("data_") and "__" not in key:
             continue  # LAMINA_DATA_<SET>: a folder with raw files
+        if key.split("__")[0] not in known:
+            names = [*(own.removeprefix("LAMINA_") for own in _OWN_VARIABLES), *(name.upper() for name in known)]
+            close = meant(key.upper(), names).replace("'", "'LAMINA_", 1)
+            warnings.warn(f"{variable} of the environment is no key and is left out  {close}".rstrip(), stacklevel=2)
+            continue
         for path, value in _flat(_nested(key.split("__"), _value(env[variable]))):
             layer[path] = (_anchored(path, value, Path.cwd()), f"environment {variable}")
     return layer

@@ -116,6 +116,18 @@ def fields(pairs: Sequence[tuple[str, str]], width: int | None) -> list[str]:
 
 def comparison(rows: Sequence[dict[str, Any]], width: int | None) -> list[str]:
     """The table of `lamina.runs.compare`, and what is common to its runs."""
+    columns, same = compared(rows)
+    return [*table(columns, width), *fields([("", same)], width)]
+
+
+def markdown(columns: Sequence[Column]) -> list[str]:
+    lines = [[c.title for c in columns], *zip(*(c.cells for c in columns), strict=True)]
+    texts = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    return [texts[0], "|" + "".join(" --- |" if c.left else " ---: |" for c in columns), *texts[1:]]
+
+
+def compared(rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
+    """The columns of `comparison`, and the line below them."""
     folders = [row["run"].rstrip("/").replace("\\", "/").split("/") for row in rows]
     plain = len({parts[-2:-1] and parts[-2] for parts in folders}) == 1
     names = [parts[-1].split("-")[0] if plain else "/".join(parts[-2:]) for parts in folders]
@@ -139,19 +151,63 @@ def comparison(rows: Sequence[dict[str, Any]], width: int | None) -> list[str]:
         Column(f"vs {names[0]}" if plain else "vs first", ["-" if x is None else f"{x:.2f}x" for x in times], 1),
         Column("time", [clock(row["seconds"]) for row in rows], 8),
     ]
-    if any(row["personal_accuracy"] is not None for row in rows):
+    if any(row["personal_accuracy"] is not None and not row["personal"] for row in rows):
         columns.insert(6, Column("personal", [share(row["personal_accuracy"]) for row in rows], 7))
     if any(row["status"] != "done" for row in rows):
         columns.append(Column("status", [row["status"] for row in rows], 7, left=True))
-    same = [f"same {word} {_same(rows, key)}" for word, key in
-            (("split", "split_sha256"), ("init", "initial_sha256"), ("torch", "torch"))]  # fmt: skip
-    return [*table(columns, width), *fields([("", " · ".join(same))], width)]
+    pooled = [name for name, row in zip(names, rows, strict=True) if row["partition"] == "pooled"]
+    personal = [name for name, row in zip(names, rows, strict=True) if row["personal"]]
+    split = [row for row in rows if row["partition"] != "pooled"] or rows
+    same = [f"same split {_same(split, 'split_sha256')}"]
+    if pooled:
+        same.append(f"same examples {_same(rows, 'pool_sha256')}")
+    same += [f"same {word} {_same(rows, key)}" for word, key in (("init", "initial_sha256"), ("torch", "torch"))]
+    if pooled:
+        same.append(f"{', '.join(pooled)}: pooled, one client with all examples")
+    if personal:
+        same.append(f"{', '.join(personal)}: acc is the mean of the clients' own models")
+    return columns, " · ".join(same)
 
 
 def _same(rows: Sequence[dict[str, Any]], key: str) -> str:
     values = {row[key] for row in rows}
     mark = f" ({str(next(iter(values)))[:4]})" if key == "split_sha256" else ""
     return f"yes{mark}" if len(values) == 1 else "NO"
+
+
+_CLIENTS_SHOWN = 20
+
+
+def split_lines(split: dict[str, Any], width: int | None) -> list[str]:
+    """The table of `lamina.folder.split_table`: a row per client, those in the middle left out where there are many."""
+    clients, classes = split["clients"], split["classes"] or 0
+    gap = len(clients) > _CLIENTS_SHOWN
+    half = _CLIENTS_SHOWN // 2
+    head, tail = (clients[:half], clients[-half:]) if gap else (clients, [])
+    total = {
+        "client": "all",
+        "examples": sum(row["examples"] for row in clients),
+        "labels": [sum(row["labels"][label] for row in clients) for label in range(classes)],
+    }
+
+    def column(title: str, of: Callable[[dict[str, Any]], str], rank: int = 0, left: bool = False) -> Column:
+        middle = ["..."] if gap else []
+        return Column(title, [*map(of, head), *middle, *map(of, tail), of(total)], rank, left)
+
+    def count(label: int) -> Callable[[dict[str, Any]], str]:
+        return lambda row: f"{row['labels'][label]:,}"
+
+    columns = [
+        column("client", lambda row: str(row["client"]), left=True),
+        column("examples", lambda row: f"{row['examples']:,}"),
+        *(column(f"label {label}" if label == 0 else str(label), count(label), label + 1) for label in range(classes)),
+    ]
+    lines = table(columns, width)
+    shown = len(lines[0].replace("label ", "").split()) - 2
+    said = f"{split['data']} · {split['partition']} · {len(clients)} clients"
+    if shown < classes:
+        said += f" · labels {shown} to {classes - 1} do not fit; --json has them"
+    return [*lines, *fields([("", said), ("sha256", split["split_sha256"])], width)]
 
 
 _ROUNDS_SHOWN = 10
@@ -163,24 +219,27 @@ def summary(run: Run, width: int | None = 96) -> str:
     shown = [row for row in rows if (row.round + 1) % step == 0 or row is rows[-1]]
     lines = []
     if shown:
-        cells = [_cells(row) for row in shown]
+        cells = [_cells(row, run.personal) for row in shown]
         lines = table([c._replace(cells=[line[i] for line in cells]) for i, c in enumerate(_ROUND)], width)
     return "\n".join([*lines, *closing(run, width)])
 
 
 def closing(run: Run, width: int | None) -> list[str]:
     """What a run came to."""
+    from lamina.folder import standing
+
     info, final, best = run.info, run.final, run.best
     state = {"done": "done", "interrupted": "stopped", "failed": "failed", "running": "so far"}[info["status"]]
     said = [f"{info['rounds_done']} of {info['rounds']} rounds in {clock(info['seconds'])}"]
-    if final is not None and final.accuracy is not None and best is not None:
+    if final is not None and best is not None and standing(final, run.personal) is not None:
+        whose = "personal accuracy" if run.personal else "accuracy"
         said += [
-            f"final accuracy {share(final.accuracy)} @ {final.round}",
-            f"best {share(best.accuracy)} @ {best.round}",
+            f"final {whose} {share(standing(final, run.personal))} @ {final.round}",
+            f"best {share(standing(best, run.personal))} @ {best.round}",
         ]
     elif final is not None:
         said.append(f"final loss {share(final.loss)} @ {final.round}")
-    if final is not None and final.personal_accuracy is not None:
+    if final is not None and final.personal_accuracy is not None and not run.personal:
         said.append(f"personal {share(final.personal_accuracy)}")
     pairs = [(state, " · ".join(said))]
     if run.records:
@@ -212,10 +271,12 @@ _ROUND = [
 ]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, personal: bool) -> list[str]:
+    from lamina.folder import standing
+
     return [
         str(row.round),
-        share(row.accuracy),
+        share(standing(row, personal)),
         share(row.loss),
         "sync" if row.in_sync else "wait",
         f"{row.uploaded}/{row.parameters}",
@@ -277,7 +338,8 @@ class Terminal:
         while self.width is not None and _wide(fitted) > self.width and any(c.rank for c in fitted):
             fitted.remove(max(fitted, key=lambda c: c.rank))
         self._columns = [i for i, c in enumerate(_ROUND) if c in fitted]
-        self._say(["", self._line([c.title for c in _ROUND])])
+        self._personal = run.personal
+        self._titled = False  # the titles wait for the first line: notes at the start come before them
         if not plain:
             bar = BarColumn(bar_width=20)
             text = TextColumn("{task.description}", markup=False)
@@ -288,10 +350,13 @@ class Terminal:
     def round(self, row: Row) -> None:
         self._done = row.round + 1
         if self._done % self._step == 0 or self._done == self._total:
-            self._say([self._line(_cells(row))])
+            cells = _cells(row, self._personal)
+            titles = [] if self._titled else ["", self._line([c.title for c in _ROUND])]
+            self._titled = True
+            self._say([*titles, self._line(cells)])
         if self._live is not None:
             left = (time.monotonic() - self._began) / (self._done - self._first) * (self._total - self._done)
-            pieces = [f"eta {clock(left)}", f"acc {share(row.accuracy)}", f"up {size(row.total_up)}",
+            pieces = [f"eta {clock(left)}", f"acc {_cells(row, self._personal)[1]}", f"up {size(row.total_up)}",
                       f"down {size(row.total_down)}", f"{-100 * row.saving:+.1f} %"]  # fmt: skip
             room = self.out.width - len(self._count()) - 20 - 3
             while len("  ".join(pieces)) > room and len(pieces) > 1:

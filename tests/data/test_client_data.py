@@ -109,6 +109,35 @@ def test_subset_shares_examples_and_keeps_the_tests_of_its_clients():
     assert part.indices.tolist() == [5, 2, 3, 4]
 
 
+def test_pooled_is_one_client_with_every_held_example_once():
+    x, y = torch.arange(6.0)[:, None], torch.arange(6) % 3
+    pair = (torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+    groups = {"a": [4, 1], "b": [1, 0, 5]}
+    data = ClientData.from_index(x, y, groups, test=pair, client_tests={"a": pair}, name="six")
+    pooled = data.pooled()
+    assert (pooled.names, pooled.partition, pooled.name) == (("all",), "pooled", "six")
+    assert pooled.indices.tolist() == [0, 1, 4, 5]
+    assert pooled.x is data.x
+    assert pooled.test is data.test
+    assert pooled.transform is data.transform
+    assert pooled.client_tests is None
+
+
+def test_the_sum_of_the_pool_is_that_of_the_examples_and_not_of_the_split():
+    x, y = torch.zeros(4, 1), torch.arange(4) % 2
+    first = ClientData.from_index(x, y, {"a": [0, 1], "b": [2, 3]})
+    second = ClientData.from_index(x, y, {"a": [3], "b": [2, 0], "c": [1]})
+    assert first.pool_sha256 == second.pool_sha256 == first.pooled().pool_sha256
+    assert first.split_sha256 != second.split_sha256
+    others = [
+        ClientData.from_index(x, y, {"a": [0, 1, 2]}),
+        ClientData.from_index(x, 1 - y, {"a": [0, 1, 2, 3]}),
+        ClientData.from_index(x, y, {"a": [0, 1, 2, 3]}, test=(x, y)),
+        ClientData.from_index(x, y, {"a": [0, 1, 2, 3]}, name="other"),
+    ]
+    assert len({data.pool_sha256 for data in (first, *others)}) == 5
+
+
 def test_it_survives_pickling():
     data = make(2, 3)
     again = pickle.loads(pickle.dumps(data))

@@ -670,19 +670,19 @@ def test_a_role_is_tested_on_its_last_fifth_without_copies(
     assert drawn.names == lamina.data.shakespeare(clients=1, seed=3).names
 
 
-def test_a_person_is_tested_on_the_last_fifth_and_no_training_window_reaches_into_it(
+def test_a_person_is_tested_on_the_last_fifth_of_each_activity_and_no_training_window_overlaps_it(
     stored: dict[str, dict[str, np.ndarray]],
 ):
     n = 20
     place = np.array([[0, 64 * i] for i in range(10)] + [[1, 64 * i] for i in range(10)])
     person = np.array([1] * 10 + [2] * 10)
     x = np.arange(n, dtype=np.float32)[:, None, None] * np.ones((1, 6, 128), np.float32)
-    stored["hapt"] = {"x": x, "y": np.arange(n) % 6, "person": person, "place": place}
+    stored["hapt"] = {"x": x, "y": np.arange(n) // 5 % 2, "person": person, "place": place}
     data = lamina.data.hapt()
     assert data.names == ("person-01", "person-02")
-    assert data.indices.tolist() == [*range(7), *range(10, 17)]  # 7 reaches into 8, 17 into 18
-    assert data.test[0][:, 0, 0].tolist() == [8, 9, 18, 19]
-    assert data.client_tests["person-02"][0][:, 0, 0].tolist() == [18, 19]
+    assert data.test[0][:, 0, 0].tolist() == [4, 9, 14, 19]
+    assert data.indices.tolist() == [0, 1, 2, 6, 7, 10, 11, 12, 16, 17]  # 3 and 5 overlap 4, 8 overlaps 9
+    assert data.client_tests["person-02"][0][:, 0, 0].tolist() == [14, 19]
     assert data.client_tests["person-02"][1].tolist() == [0, 1]
 
 

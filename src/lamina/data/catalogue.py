@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from lamina.data.sets.covertype import AREA_NAMES
 from lamina.data.sets.hapt import LENGTH
 from lamina.data.sets.shakespeare import WINDOW
 from lamina.data.transform import Images, Windows
-from lamina.errors import ConfigError, expect
+from lamina.errors import ConfigError, expect, meant
 from lamina.random import generator
 
 
@@ -391,8 +390,7 @@ def cached(name: str) -> bool:
 
 def _known(name: str) -> None:
     if name not in DATASETS:
-        close = difflib.get_close_matches(name, DATASETS, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(DATASETS)}"
+        hint = meant(name, DATASETS) or f"known: {', '.join(DATASETS)}"
         raise ConfigError(f"unknown data set {name!r}", where="data", remedy=hint)
 
 

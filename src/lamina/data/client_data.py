@@ -28,6 +28,7 @@ from lamina.data.partition import split
 from lamina.data.transform import Batch, Identity, Images, Transform
 from lamina.errors import ConfigError, DataError
 
+POOLED = "pooled"  # the `partition` of what `pooled` makes
 CHUNK = 1 << 22  # entries looked at in one go by the check for finite numbers
 
 
@@ -123,6 +124,33 @@ class ClientData:
         client = torch.repeat_interleave(torch.arange(len(self)), self.sizes)
         cell = client * self.classes + self.y.index_select(0, self.indices)
         return torch.bincount(cell, minlength=len(self) * self.classes).view(len(self), self.classes)
+
+    @cached_property
+    def pool_sha256(self) -> str:
+        """Of what all clients hold together, whoever holds it, and of the test set: name, forms, targets. It is equal
+        for any two partitions that leave no example out, and for the `pooled` data of both."""
+        sets = [(self.x, self.y), *([] if self.test is None else [self.test])]
+        form = [[_layout(part), _length(part)] for pair in sets for part in pair]
+        digest = hashlib.sha256(json.dumps([self.name, form]).encode())
+        digest.update(torch.unique(self.indices).numpy().astype("<i8").tobytes())
+        for _, y in sets:
+            for _, values in sorted(_entries(y), key=lambda entry: entry[0]):
+                digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def pooled(self) -> ClientData:
+        """One client, "all", that holds every example that any client holds, once; the tests of clients are dropped."""
+        return ClientData(
+            self.x,
+            self.y,
+            ("all",),
+            *_csr([torch.unique(self.indices)]),
+            test=self.test,
+            transform=self.transform,
+            name=self.name,
+            partition=POOLED,
+            check=False,
+        )
 
     def subset(self, clients: Sequence[int]) -> ClientData:
         """These clients (by position, in this order) over the same examples; the test set stays whole.

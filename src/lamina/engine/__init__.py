@@ -58,7 +58,7 @@ def choose(name: str, model_bytes: int, batch: int | None, cohort: int, workers:
         return "threads", 1, "this system cannot fork"
     if limit == 1:
         return "loop", 1, "one core"
-    return "processes", limit, f"one client on each of {limit} cores"
+    return "processes", limit, f"one client a process, {limit} at a time on {cores()} cores"
 
 
 def make(name: str, workers: int, reason: str, trainer: Trainer, setup: Setup) -> Engine:
