@@ -156,11 +156,14 @@ def _network(
     inputs, left = in_channels, size
     for i, (outputs, pad, pooled) in enumerate(zip(channels, pads, pools, strict=True), start=1):
         layers[f"conv{i}"] = conv(inputs, outputs, kernel, padding=pad)
-        layers[f"act{i}"] = act()
         inputs, left = outputs, left + 2 * pad - kernel + 1
+        steps = {f"act{i}": act()}
         if pooled:
-            layers[f"pool{i}"] = pool(2)
+            steps[f"pool{i}"] = pool(2)
             left //= 2
+        if pooling == "max":  # a rising activation and a maximum commute: the same values from a quarter of the work
+            steps = dict(reversed(steps.items()))
+        layers.update(steps)
         expect(
             left >= 1,
             f"{side}={size}: nothing is left of it after conv{i} (kernel {kernel}) and its pooling",
