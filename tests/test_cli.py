@@ -348,6 +348,7 @@ ROWS = [
         "vs_first": 4_360_000_000 / (up + 2_180_443_918), "up_vs_first": up / 2_180_000_000, "seconds": 3912.0,
         "personal": False,
         "partition": "iid", "split_sha256": "5a1c", "pool_sha256": "y", "initial_sha256": "x", "torch": "2.13.0",
+        "engine": "loop", "bits": "one thread",
     }
     for i, (method, codec, up) in enumerate(
         [("fedavg", "fp32", 2_180_000_000), ("fedlama+fedadam", "topk:0.01:global:sign / fp16", 64_201_336)], start=1
@@ -435,3 +436,33 @@ def test_a_pipe_that_nobody_reads_is_no_crash() -> None:
         assert going.stderr is not None
         going.stdout.close()
         assert "Traceback" not in going.stderr.read()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="other pipes")
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_a_run_that_nobody_watches_any_more_goes_on_to_its_end(flags: tuple[str, ...], root: Path) -> None:
+    with program("run", "quickstart", "rounds=12", *QUICK, *flags) as going:
+        assert going.stdout is not None
+        assert going.stderr is not None
+        going.stdout.readline()
+        going.stdout.close()
+        said = going.stderr.read()
+    assert (going.returncode, said) == (0, "")
+    info = Run.open(root / "quickstart" / "001-fedavg").info
+    assert (info["status"], info["rounds_done"]) == ("done", 12)
+
+
+def test_a_damaged_run_does_not_hide_the_others(root: Path) -> None:
+    for _ in range(3):
+        lamina("run", "quickstart", "rounds=1", *QUICK)
+    (root / "quickstart" / "001-fedavg" / "metrics.jsonl").unlink()
+    (root / "quickstart" / "002-fedavg" / "run.json").write_text("[]")
+    result = lamina("list", "runs")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[1] for line in result.stdout.splitlines()[1:]] == ["damaged", "damaged", "done"]
+    assert [row["status"] for row in objects(lamina("list", "runs", "--json"))] == ["damaged", "damaged", "done"]
+    assert len(objects(lamina("compare", "003", "3", "--json"))) == 1
+
+
+def test_large_losses_are_short() -> None:
+    assert [terminal.share(x) for x in (None, 0.5, 99999.0, 1234567.0)] == ["-", "0.5000", "99999.0000", "1.235e+06"]

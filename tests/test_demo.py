@@ -30,6 +30,7 @@ def test_the_demo_ends_in_a_comparison_and_says_where_the_runs_lie(tmp_path: Pat
     assert share < 100
     assert f"sent {share:.1f} % of FedAvg's uplink bytes" in " ".join(result.stdout.split())
     assert str(tmp_path / "demo-digits" / "001-fedavg") in " ".join(result.stdout.split())
+    assert "keeps each cohort for 4 rounds, FedAvg draws one per round · one seed" in " ".join(result.stdout.split())
 
 
 def test_the_demo_says_plainly_when_it_runs_on_the_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,6 +42,9 @@ def test_the_demo_says_plainly_when_it_runs_on_the_digits(tmp_path: Path, monkey
     assert result.exit_code == 0, result.output
     assert "Fashion-MNIST cannot be had here, so this demo runs on scikit-learn's digits" in result.stdout
     assert (tmp_path / "demo-digits" / "002-fedlama" / "model.safetensors").is_file()
+    said = " ".join(result.stdout.split())
+    assert "has waited yet" in said
+    assert "of FedAvg's uplink bytes" not in said
 
 
 def test_the_demo_in_objects(tmp_path: Path) -> None:

@@ -17,7 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lamina import FedLAMA, State, StorageError, checkpoint, folder, runs
+from lamina import (
+    ClientData,
+    Federation,
+    FedLAMA,
+    LocalSGD,
+    State,
+    StorageError,
+    checkpoint,
+    engine,
+    folder,
+    runs,
+    terminal,
+)
 from lamina.config import build, load
 from lamina.errors import ConfigError, RunError
 from lamina.machine import redacted, sync_seconds
@@ -62,7 +74,7 @@ class Stop:
             return
         if self.how == "crash":
             raise ZeroDivisionError("on purpose")
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), getattr(signal, self.how, signal.SIGINT))
         if self.how == "twice":
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -109,6 +121,9 @@ def test_the_model_file_is_the_whole_state_dict_of_the_module(tmp_path: Path) ->
     for name, tensor in run.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
         assert torch.equal(tensor, run.state.params[name])
+    opened = Run.open(run.path)
+    assert opened._saved() is not None
+    assert all(torch.equal(x, model.state_dict()[n]) for n, x in opened.model.state_dict().items())
 
 
 def test_best_and_final_are_rounds_in_sync(tmp_path: Path) -> None:
@@ -299,6 +314,181 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E405"
 
 
+def refused(path: Path, said: str, **options: Any) -> None:
+    with pytest.raises(StorageError, match=said) as caught:
+        resume(path, progress=False, **options)
+    assert caught.value.code == "E405"
+
+
+def stopped(path: Path, *arguments: str, rounds: int = 4) -> Path:
+    with pytest.raises(Interrupted):
+        make(path, *arguments, rounds=rounds, progress=Stop(1, "once"))
+    return path
+
+
+def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
+    file = stopped(tmp_path / "run", "run.log_every=1") / "config.toml"
+    text = file.read_text()
+    file.write_text(text.replace("lr = 0.1", "lr = 0.2").replace("cohort = 3", "cohort = 2"))
+    assert file.read_text() != text
+    refused(tmp_path / "run", "started with: cohort, local.lr")
+    file.write_text(text.replace("log_every = 1", "log_every = 2").replace("rounds = 4", "rounds = 5"))
+    assert resume(tmp_path / "run", progress=False).info["rounds_done"] == 4
+
+
+def test_a_changed_entry_file_is_refused_by_its_name(tmp_path: Path) -> None:
+    own = tmp_path / "mine.py"
+    own.write_text(OWN_ROUNDS, encoding="utf-8")
+    stopped(tmp_path / "run", f'method={{entry="{own}:Mine", rounds=7}}')
+    own.write_text(OWN_ROUNDS + "# changed\n", encoding="utf-8")
+    refused(tmp_path / "run", r"mine.py \(method.*entry\) has changed")
+    own.write_text(OWN_ROUNDS, encoding="utf-8")
+    assert resume(tmp_path / "run", progress=False).info["status"] == "done"
+
+
+def own_data(shift: float = 0.0, label: int = 0, test: bool = False) -> Any:
+    x = torch.arange(24.0).view(12, 2) / 24
+    x[0, 0] += shift
+    y = torch.tensor([0, 1] * 6)
+    y[-1] += label
+    clients = {"a": (x[:6], y[:6]), "b": (x[6:], y[6:])}
+    return ClientData.from_clients(clients, test=(x, y) if test else None)
+
+
+def own_fed(data: Any, engine: str = "loop") -> Federation:
+    return Federation(lambda: torch.nn.Linear(2, 3), data, local=LocalSGD(lr=0.1), engine=engine)
+
+
+@pytest.mark.parametrize("other", [{"shift": 1.0}, {"label": 1}])
+def test_data_of_other_content_is_refused(other: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Interrupted, match="fed=fed"):
+        fit(own_fed(own_data()), 3, tmp_path / "run", progress=Stop(1, "once"))
+    refused(tmp_path / "run", "the data is not", fed=own_fed(own_data(**other)))
+    refused(tmp_path / "run", "which gives other bits", fed=own_fed(own_data(), "threads"))
+    assert resume(tmp_path / "run", fed=own_fed(own_data()), progress=False).info["status"] == "done"
+
+
+def test_without_a_test_set_the_training_loss_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(own_fed(own_data()), 2, tmp_path / "run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "train loss" in said
+    assert f"train loss {run.records[-1].train_loss:.4f} @ 1 · no test set: pass test= to ClientData" in said
+    assert "train loss" in run.summary()
+    fit(own_fed(own_data(test=True)), 2, tmp_path / "tested")
+    assert "train loss" not in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_an_engine_of_the_same_bits(
+    whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped(tmp_path / "run", *LONG, rounds=9)
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (info["engine"], info["cores"]) == ("loop", engine.cores())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"engine": "processes"}))
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('engine = "loop"', 'engine = "processes"'))
+    monkeypatch.setattr(engine.processes, "available", lambda: False)
+    run = resume(tmp_path / "run", progress=False)
+    assert (run.info["engine"], run.info["engine_reason"]) == ("loop", "same bits")
+    same(run, whole)
+
+
+def test_a_run_on_threads_stays_on_threads_and_says_when_the_cores_are_others(tmp_path: Path) -> None:
+    stopped(tmp_path / "run", "engine=threads")
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(config.read_text().replace('engine = "threads"', 'engine = "loop"'))
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"cores": 1000}))
+    watcher = Stop(0, "")
+    run = resume(tmp_path / "run", progress=watcher)
+    assert run.info["engine"] == "threads"
+    assert "begun on 1000 cores" in watcher.notes[0]
+    assert "not bit-identical" in lines(run.path / "events.jsonl")[0]["message"]
+
+
+def test_a_resume_that_does_not_end_leaves_no_model_of_before(tmp_path: Path) -> None:
+    first = make(tmp_path / "run", "run.checkpoint_every=1", rounds=2)
+    old = (first.path / "model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        resume(first.path, 6, progress=Stop(4, "twice"))
+    opened = Run.open(first.path)
+    assert (opened.info["rounds_done"], opened.info["final_sha256"]) == (3, None)
+    assert not (first.path / "model.safetensors").exists()
+    (first.path / "model.safetensors").write_bytes(old)  # as an older lamina left it
+    for final in (None, "0" * 64):
+        opened = Run.open(first.path)
+        opened.info["final_sha256"] = final
+        model = opened.model.state_dict()
+        assert all(torch.equal(x, opened.state.params[name]) for name, x in model.items())
+
+
+def test_a_schedule_over_the_run_allows_no_other_rounds(tmp_path: Path) -> None:
+    make(tmp_path / "run", "local.schedule=cosine", rounds=2)
+    with pytest.raises(StorageError, match="runs over the 2 rounds") as caught:
+        resume(tmp_path / "run", 4, progress=False)
+    assert caught.value.code == "E405"
+    assert 'local.schedule="cosine:4"' in str(caught.value)
+    make(tmp_path / "2", "local.schedule=cosine:4", rounds=2)
+    longer = resume(tmp_path / "2", 4, progress=False)
+    assert longer.info["config_sha256"] == load(longer.path, env={}).sha256
+
+
+DAMAGE: dict[str, list[str | None]] = {
+    "run.json": ["[]", '{"version": 1}', "{", "7"],
+    "metrics.jsonl": [None, "garbage\n", "[1]\n"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in DAMAGE.items() for text in texts])
+def test_a_damaged_run_says_so(name: str, text: str | None, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", rounds=1)
+    (run.path / name).unlink()
+    if text is not None:
+        (run.path / name).write_text(text * (1 if name == "run.json" else 999))
+    with pytest.raises(StorageError) as caught:
+        Run.open(run.path)
+    assert caught.value.code == "E404"
+
+
+def test_a_run_without_its_environment_does_not_go_on(tmp_path: Path) -> None:
+    (stopped(tmp_path / "run") / "env.json").unlink()
+    with pytest.raises(StorageError, match="is missing or damaged"):
+        resume(tmp_path / "run", progress=False)
+
+
+def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    path = new_folder("x", "fedavg", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "split_document", failing)
+        with pytest.raises(StorageError, match="Read-only") as caught:
+            make(path, rounds=1)
+    assert "make room" not in str(caught.value)
+    assert not path.exists()
+    assert not (tmp_path / "latest").is_symlink()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="a file is where a folder should be"):
+        new_folder("y", "fedavg", tmp_path / "file")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to oneself")
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_other_signals_finish_the_round_too(number: str, code: int, whole: Run, tmp_path: Path) -> None:
+    before = signal.signal(getattr(signal, number), signal.SIG_DFL)
+    try:
+        with pytest.raises(Interrupted) as caught:
+            make(tmp_path / "run", *LONG, rounds=9, progress=Stop(2, number), checkpoint_every=100)
+        assert signal.getsignal(getattr(signal, number)) == signal.SIG_DFL
+    finally:
+        signal.signal(getattr(signal, number), before)
+    assert caught.value.exit_code == code
+    info = Run.open(tmp_path / "run").info
+    assert (info["status"], info["exit_code"], info["rounds_done"]) == ("interrupted", code, 2)
+    same(resume(tmp_path / "run", progress=False), whole)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no file locks")
 def test_two_processes_cannot_be_at_one_run(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
@@ -343,6 +533,7 @@ def test_a_full_disk_stops_cleanly_and_the_last_commit_is_intact(
     info = Run.open(tmp_path / "run").info
     assert info["status"] == "failed"
     assert 1 <= info["rounds_done"] < 9
+    assert all(info[key]["round"] < info["rounds_done"] for key in ("best", "final"))
     same(resume(tmp_path / "run", progress=False), whole)
 
 
@@ -460,3 +651,19 @@ def test_titles() -> None:
     assert runs.method_title(Chain(FedLAMA(phi=2), FedAdam())) == "fedlama+fedadam"
     assert runs.codec_title(wire.TopK(0.01, values="sign")) == "topk:0.01:sign"
     assert runs.codec_title(wire.Dense("int8")) == "int8"
+
+
+def test_the_same_split_of_other_examples_is_another(tmp_path: Path) -> None:
+    first, second = make(tmp_path / "1", rounds=1), make(tmp_path / "2", rounds=2)
+    assert "same split yes" in terminal.compared(compare([first, second]))[1]
+    second.info["pool_sha256"] = "0"
+    with pytest.raises(ConfigError, match="2 has other examples than 1"):
+        compare([first, second])
+    second.info["engine"] = "processes"
+    columns, said = terminal.compared(compare([first, second], force=True))
+    assert "same split NO" in said
+    assert "same engine yes" in said
+    assert "same rounds NO (1, 2)" in said
+    assert next(c.cells for c in columns if c.title == "rounds") == ["1", "2"]
+    second.info["engine"] = "threads"
+    assert "same engine NO" in terminal.compared(compare([first, second], force=True))[1]

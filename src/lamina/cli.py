@@ -1,7 +1,7 @@
 """The command line. Everything heavy is imported inside the commands, so that help comes at once.
 
 Exit codes: 0 done, 2 usage and config (E1xx), 3 data (E2xx), 4 a run failed (E3xx), 5 storage (E4xx), 130 interrupted
-after a commit.
+after a commit (143 by SIGTERM, 129 by SIGHUP).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _guarded(command: F) -> F:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
-            raise typer.Exit(130) from error
+            raise typer.Exit(getattr(error, "exit_code", 130)) from error
         except BrokenPipeError as error:  # `lamina ... | head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from error
@@ -161,14 +161,15 @@ def resume(
             raise ConfigError(f"rounds: expected a whole number >= 1, got {value!r}", code="E103", where=where)
         rounds = int(value)
     from lamina import runs, terminal
+    from lamina.folder import read_info
 
     folder = _find(path, runs.runs_root(run_dir))
-    before = runs.Run.open(folder)
-    done = before.info["status"] == "done" and rounds in (None, before.info["rounds"])
+    before = read_info(folder)
+    done = before["status"] == "done" and rounds in (None, before["rounds"])
     watcher = _watcher(terminal.console(no_color=no_color), json, quiet, None)
     if done:
-        watcher.note(f"{folder} is done; rounds=N with more than {before.info['rounds']} goes on")
-        watcher.end(before)
+        watcher.note(f"{folder} is done; rounds=N with more than {before['rounds']} goes on")
+        watcher.end(runs.Run.open(folder))
         return
     _finish(runs.resume(folder, rounds, progress=watcher), quiet and not json)
 
@@ -247,7 +248,8 @@ def compare(
     from lamina import runs, terminal
 
     root = runs.runs_root(run_dir)
-    found = [runs.Run.open(folder) for path in paths for folder in _find_all(path, root)]
+    folders = {folder.resolve(): folder for path in paths for folder in _find_all(path, root)}
+    found = [runs.Run.open(folder) for folder in folders.values()]
     rows = runs.compare(found, force=force)
     out = terminal.console(no_color=no_color)
     if json:
@@ -367,23 +369,30 @@ def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Colum
     from lamina.runs import Run, runs_root
     from lamina.terminal import Column, share, size
 
-    rows = []
+    rows: list[dict[str, Any]] = []
+    nothing = dict.fromkeys(("accuracy", "rounds", "rounds_done", "bytes_up", "bytes_down", "uplink"))
     for file in sorted(runs_root(run_dir).glob("*/*-*/run.json")):
         try:
             run = Run.open(file.parent)
-        except LaminaError:
+        except LaminaError as error:
+            if error.code == "E404":
+                rows.append({**nothing, "run": str(file.parent), "status": "damaged", "error": error.message})
             continue  # a folder of another version: `compare` would say so
         final = run.final
         accuracy = final and standing(final, run.personal)
         rows.append({"run": str(file.parent), "accuracy": accuracy, **run.info})
+
+    def damaged(row: dict[str, Any]) -> bool:
+        return bool(row["status"] == "damaged")
+
     columns = [
         Column("run", [row["run"] for row in rows], left=True),
         Column("status", [row["status"] for row in rows], 1, left=True),
-        Column("rounds", [f"{row['rounds_done']}/{row['rounds']}" for row in rows], 3),
+        Column("rounds", ["-" if damaged(row) else f"{row['rounds_done']}/{row['rounds']}" for row in rows], 3),
         Column("acc", [share(row["accuracy"]) for row in rows]),
-        Column("up", [size(row["bytes_up"]) for row in rows], 2),
-        Column("down", [size(row["bytes_down"]) for row in rows], 4),
-        Column("codec", [row["uplink"] for row in rows], 5, left=True),
+        Column("up", ["-" if damaged(row) else size(row["bytes_up"]) for row in rows], 2),
+        Column("down", ["-" if damaged(row) else size(row["bytes_down"]) for row in rows], 4),
+        Column("codec", [row["uplink"] or "-" for row in rows], 5, left=True),
     ]
     return rows, columns
 

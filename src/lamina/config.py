@@ -33,6 +33,7 @@ from lamina import wire
 from lamina.client import LocalSGD
 from lamina.data import ClientData
 from lamina.entry import is_entry, short
+from lamina.entry import sha256 as entry_sha256
 from lamina.entry import thing as entry_thing
 from lamina.errors import ConfigError, LaminaError, meant
 from lamina.federation import Federation
@@ -121,8 +122,33 @@ class Config(BaseModel):
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
+    def fixed(self) -> dict[str, Any]:
+        """Key -> value of all that must stay as it was in a run that has begun; an entry without its folder."""
+        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "rounds"})
+        return {key: short(value) if is_entry(value) else value for key, value in _leaves(tree)}
+
+    @property
+    def entry_sha256(self) -> dict[str, str | None]:
+        """Key -> SHA-256 of the file that its entry names."""
+        found = _leaves(self.model_dump(mode="json"))
+        return {key: entry_sha256(value) for key, value in found if is_entry(value)}
+
+    @property
     def method_title(self) -> str:
         return "+".join(part.title for part in self.method)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted key and value of everything in it; tables in a list are numbered."""
+    found: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        tabled = isinstance(value, list) and any(isinstance(inner, dict) for inner in value)
+        inside = {str(i): inner for i, inner in enumerate(value)} if tabled else value
+        if isinstance(inside, dict):
+            found += _leaves(inside, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
 
 
 # ---- loading

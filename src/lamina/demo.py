@@ -46,11 +46,15 @@ def demo(rounds: int, data: str | None, root: Path, watcher: Watcher, fetching: 
 def verdict(made: Sequence[Run], width: int | None) -> list[str]:
     rows = runs.compare(made)
     share = 100 * rows[1]["bytes_up"] / rows[0]["bytes_up"]
-    kept = 100 * (rows[1]["accuracy"] - rows[0]["accuracy"])
+    before, after = rows[0]["accuracy"], rows[1]["accuracy"]
+    kept = "" if before is None or after is None else f", at {100 * (after - before):+.1f} points of accuracy"
     said = (
         f"FedLAMA(phi={PHI}) sent {share:.1f} % of FedAvg's uplink bytes ({rows[1]['bytes_up']:,} of "
-        f"{rows[0]['bytes_up']:,}), at {kept:+.1f} points of accuracy"
+        f"{rows[0]['bytes_up']:,}){kept}"
     )
+    if all(row.in_sync for row in made[1].records):
+        said = f"no layer of FedLAMA(phi={PHI}) has waited yet, so nothing was saved: more rounds show a difference"
+    said += f" · FedLAMA keeps each cohort for {PHI} rounds, FedAvg draws one per round · one seed: no more than a demo"
     paths = " and ".join(row["run"] for row in rows)
     return [*comparison(rows, width), "", *fields([("so", said), ("runs", paths)], width)]
 

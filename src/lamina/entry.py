@@ -47,6 +47,14 @@ def thing(entry: str, where: str) -> Any:
     return getattr(module, name)
 
 
+def sha256(entry: str) -> str | None:
+    """Of the entry's file as it is now; None where there is none."""
+    try:
+        return hashlib.sha256(Path(entry.rpartition(":")[0]).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 @lru_cache(maxsize=32)
 def _module(path: Path, changed: int, where: str) -> types.ModuleType:
     """The file as a module; as when it is run, it can import what lies beside it."""

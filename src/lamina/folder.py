@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import math
 import os
@@ -29,6 +30,13 @@ from lamina.record import RoundRecord
 VERSION = 1
 LOGS = ("metrics.jsonl", "layers.jsonl", "bytes.jsonl", "events.jsonl")
 CLIENTS = "clients.jsonl"  # by choice
+_NEEDED = (  # what everybody reads of run.json
+    "status", "method", "method_repr", "uplink", "downlink", "personal", "data", "partition", "clients", "cohort",
+    "seed", "split_sha256", "pool_sha256", "initial_sha256", "final_sha256", "config_sha256", "torch", "engine",
+    "options", "rounds", "rounds_done", "bytes_up", "bytes_down", "lengths", "seconds",
+)  # fmt: skip
+_BYTES = ("bytes_up", "bytes_down", "total_up", "total_down", "fedavg_up", "fedavg_down")
+_DAMAGED = "`lamina resume` goes on from an older checkpoint, if one is whole"
 _COST = 0.05  # share of the time that checkpoint_every="auto" may cost
 
 
@@ -70,7 +78,8 @@ class Book:
     def __init__(self, folder: Path, info: dict[str, Any], best: Row | None = None):
         self.folder = folder
         self.info = info
-        self._best = best  # until now
+        self._best = best  # until now; what is not committed yet stands in no run.json
+        self._final: Row | None = None  # since the start of this process
         self.logs = (*LOGS, CLIENTS) if info["options"]["keep_clients_log"] else LOGS
         self._lines: dict[str, list[str]] = {log: [] for log in self.logs}
         self._began = time.monotonic() - info["seconds"]
@@ -115,7 +124,7 @@ class Book:
                 self._put(CLIENTS, {"round": t, **client._asdict()})
         if counts(row):
             self._best = best_of([row] if self._best is None else [self._best, row], self.info["personal"])
-            self.info |= {"final": result(row), "best": result(self._best)}
+            self._final = row
         return row
 
     def event(self, event: Mapping[str, Any]) -> None:
@@ -146,6 +155,8 @@ class Book:
             "bytes_up": state.bytes_up,
             "bytes_down": state.bytes_down,
         }
+        if self._final is not None:
+            self.info |= {"final": result(self._final), "best": result(self._best)}
         with storing(self.folder):
             self.save()
         self._committed = time.monotonic()
@@ -274,17 +285,50 @@ def _logs_agree(folder: Path, lengths: Mapping[str, int], state: State) -> bool:
 
 
 def read_info(folder: Path) -> dict[str, Any]:
+    """run.json. Raises StorageError: E403 there is none, E404 it is damaged, E405 it is of another version."""
     try:
         info: dict[str, Any] = json.loads((folder / "run.json").read_bytes())
-    except FileNotFoundError:
+        version = info.get("version")
+        missing = [key for key in _NEEDED if key not in info]
+    except (FileNotFoundError, NotADirectoryError):
         raise StorageError(
             f"there is no run at {folder}", code="E403", remedy="`lamina list runs` names them"
         ) from None
-    except ValueError as error:
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise StorageError(f"{folder / 'run.json'} is damaged: {error}", code="E404") from error
-    if info.get("version") != VERSION:
-        raise StorageError(f"{folder} has version {info.get('version')}, this lamina reads {VERSION}", code="E405")
+    if version != VERSION:
+        raise StorageError(f"{folder} has version {version}, this lamina reads {VERSION}", code="E405")
+    if missing or not isinstance(info["lengths"], dict):
+        said = f"it has no {', '.join(missing)}" if missing else "its lengths are no table"
+        raise StorageError(f"{folder / 'run.json'} is damaged: {said}", code="E404")
     return info
+
+
+def read_rows(folder: Path, length: int) -> list[Row]:
+    """The first `length` bytes of metrics.jsonl. Raises StorageError E404."""
+    path = folder / "metrics.jsonl"
+    try:
+        if path.stat().st_size < length:
+            raise ValueError(f"{path.stat().st_size} bytes, expected {length}")
+        rows = [row_of(line) for line in read_log(path, length)]
+        whole = ("round", "clients", "refused", "uploaded", "parameters", *_BYTES)
+        if any(not isinstance(getattr(row, name), int) for row in rows for name in whole):
+            raise ValueError("a row lacks what every row has")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StorageError(f"{path} is damaged: {error}", code="E404", remedy=_DAMAGED) from error
+    return rows
+
+
+def read_environment(folder: Path) -> dict[str, Any]:
+    """env.json. Raises StorageError E404."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "env.json").read_bytes())
+        found["data"]["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{folder / 'env.json'} is missing or damaged: {error!r}", code="E404", where=str(folder)
+        ) from error
+    return found
 
 
 def row_of(values: Mapping[str, Any]) -> Row:
@@ -343,12 +387,20 @@ def storing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        free = shutil.disk_usage(next(p for p in (folder, *folder.absolute().parents) if p.exists())).free
+        reason, remedy = (
+            error.strerror or str(error),
+            "what was committed is intact, and `lamina resume` goes on from it",
+        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None)
+            reason += f" ({shutil.disk_usage(there).free} bytes are free)" if there else ""
+            remedy = f"make room; {remedy}"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            reason, remedy = "a file is where a folder should be", "another folder: --run-dir, LAMINA_RUNS or out="
+        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            remedy = "make it writable, or another folder: --run-dir, LAMINA_RUNS or out="
         raise StorageError(
-            f"cannot write: {error.strerror or error} ({free} bytes are free)",
-            code="E401",
-            where=str(error.filename or folder),
-            remedy="make room; what was committed is intact, and `lamina resume` goes on from it",
+            f"cannot write: {reason}", code="E401", where=str(error.filename or folder), remedy=remedy
         ) from error
 
 

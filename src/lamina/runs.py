@@ -18,20 +18,23 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from lamina import checkpoint, wire
 from lamina.data.client_data import POOLED
+from lamina.engine import cores, processes
 from lamina.errors import ConfigError, LaminaError, StorageError, expect
 from lamina.federation import Federation, State
 from lamina.folder import (
@@ -45,17 +48,17 @@ from lamina.folder import (
     document,
     locked,
     now,
+    read_environment,
     read_info,
-    read_log,
+    read_rows,
     replace,
     restore,
     result,
-    row_of,
     split_document,
     standing,
     storing,
 )
-from lamina.machine import environment
+from lamina.machine import content, environment
 from lamina.method import Chain, Method
 from lamina.record import RoundRecord
 from lamina.store import ClientStore
@@ -74,11 +77,15 @@ class Watcher(Protocol):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C was pressed once: the round was finished and committed. `run` can be gone on with."""
+    """Ctrl-C was pressed once, or SIGTERM or SIGHUP came: the round was finished and committed. `run` can be gone on
+    with; `exit_code` is 128 and the number of the signal."""
 
     def __init__(self, run: Run):
-        super().__init__(f"interrupted after round {run.info['rounds_done']}; lamina resume {run.path}")
+        configured = (run.path / "config.toml").is_file()
+        how = f"lamina resume {run.path}" if configured else f"lamina.runs.resume({str(run.path)!r}, fed=fed)"
+        super().__init__(f"interrupted after round {run.info['rounds_done']}; {how}")
         self.run = run
+        self.exit_code: int = run.info["exit_code"]
 
 
 class Run:
@@ -107,12 +114,11 @@ class Run:
             fed: the federation it was made by; needed for `state` and `model` of runs that were not made from a config.
 
         Raises:
-            StorageError: E403 when there is no run at `path`.
+            StorageError: E403 when there is no run at `path`, E404 when its files are damaged.
         """
         folder = Path(path)
         info = read_info(folder)
-        length = info["lengths"].get("metrics.jsonl", 0)
-        return cls(folder, info, [row_of(line) for line in read_log(folder / "metrics.jsonl", length)], fed, None)
+        return cls(folder, info, read_rows(folder, info["lengths"].get("metrics.jsonl", 0)), fed, None)
 
     def __repr__(self) -> str:
         return (
@@ -130,12 +136,25 @@ class Run:
 
     @property
     def model(self) -> nn.Module:
-        """A plain module with the final weights, in eval mode."""
+        """A plain module with the final weights, in eval mode; where the run has not come to an end, with those of its
+        newest checkpoint."""
         if self._fed is not None and self._state is not None:
             return self._fed.module(self._state)
-        made = self._federation().model
-        made.load_state_dict(load_file(self.path / "model.safetensors"))
-        return made.eval()
+        saved = self._saved()
+        return self._federation().module(self.state) if saved is None else saved
+
+    def _saved(self) -> nn.Module | None:
+        """model.safetensors, if it is what the run ended with."""
+        fed = self._federation()
+        made = fed.model
+        try:
+            made.load_state_dict(load_file(self.path / "model.safetensors"))
+        except (OSError, RuntimeError, SafetensorError):
+            return None
+        tensors: dict[str, torch.Tensor] = {**dict(made.named_parameters()), **dict(made.named_buffers())}
+        params, buffers = ({n: tensors[n] for n in part if n in tensors} for part in fed.initial)
+        same = State(params, buffers, (), ClientStore()).sha256() == self.info["final_sha256"]
+        return made.eval() if same else None
 
     @property
     def final(self) -> Row | None:
@@ -160,16 +179,27 @@ class Run:
 
     def _federation(self) -> Federation:
         if self._fed is None:
-            if not (self.path / "config.toml").is_file():
-                raise StorageError(
-                    f"{self.path} was not made from a config, so its model cannot be rebuilt",
-                    code="E405",
-                    remedy="give the federation: Run.open(path, fed=fed), resume(path, fed=fed)",
-                )
-            from lamina.config import build, load
+            from lamina.config import build
 
-            self._fed = build(load(self.path / "config.toml", env={}))
+            self._fed = build(self._config())
         return self._fed
+
+    def _config(self) -> Config:
+        """config.toml, with an engine that gives the bits of the one that the run began with."""
+        if not (self.path / "config.toml").is_file():
+            raise StorageError(
+                f"{self.path} was not made from a config, so its model cannot be rebuilt",
+                code="E405",
+                remedy="give the federation: lamina.runs.resume(path, fed=fed); to look at it, Run.open(path, fed=fed)",
+            )
+        from lamina.config import load
+
+        config = load(self.path / "config.toml", env={})
+        engine = "threads"
+        if self.info["engine"] != "threads":
+            several = processes.available() and cores() > 1
+            engine = "processes" if several and config.engine != "loop" else "loop"
+        return config.model_copy(update={"engine": engine})
 
 
 def fit(
@@ -214,11 +244,13 @@ def fit(
     folder = new_folder(fed.data.name, title) if out is None else Path(out)
     if (folder / "run.json").exists():
         raise StorageError(
-            f"{folder} holds a run already", code="E402", where="out", remedy="another folder, or `lamina resume`"
+            f"{folder} holds a run already",
+            code="E402",
+            where="out",
+            remedy="another folder, or "
+            + ("`lamina.runs.resume(path, fed=fed)`" if config is None else "`lamina resume`"),
         )
-    with storing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with _starting(folder), locked(folder):
         options = {
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
@@ -230,7 +262,8 @@ def fit(
                 from lamina.config import to_toml
 
                 replace(folder / "config.toml", to_toml(config).encode())
-            replace(folder / "env.json", document(environment(fed)))
+            began = {} if config is None else {"config": config.fixed, "entries": config.entry_sha256}
+            replace(folder / "env.json", document(environment(fed) | began))
             replace(folder / "split.json", split_document(fed.data))
             for log in book.logs:
                 (folder / log).write_bytes(b"")
@@ -248,32 +281,36 @@ def resume(
         fed: for a run that was not made from a config.
 
     Raises:
-        StorageError: E403 no run, E404 nothing whole to go on from, E405 another model or other data, E406 it is
-            running now.
+        StorageError: E403 no run, E404 nothing whole to go on from, E405 another config, model, engine or other data,
+            E406 it is running now.
     """
     folder = Path(path)
-    run = Run.open(folder, fed=fed)
+    run = Run(folder, read_info(folder), [], fed, None)
     total = run.info["rounds"] if rounds is None else rounds
     done = run.info["rounds_done"]
     whole = isinstance(total, int) and total >= 1
     expect(whole, f"rounds={total!r}: expected a whole number >= 1", code="E103", where="rounds")
     if total < done or (total == done and run.info["status"] == "done"):
         expect(total == done, f"rounds={total}: this run has done {done}", code="E103", where="rounds")
-        return run
+        return Run.open(folder, fed=fed)
     with locked(folder):
-        fed = run._federation()
-        recorded = json.loads((folder / "env.json").read_bytes())["data"]["fingerprint"]
-        if fed.data.fingerprint != recorded:
-            raise StorageError("the data is not what this run was started on", code="E405", where=str(folder))
+        config = None if fed is not None else run._config()
+        fed, warning = _as_it_began(run, config, total)
         state, lengths, passed = restore(folder, fed, run.info["lengths"])
         info = run.info | {"rounds": total, "status": "running", "lengths": lengths, "error": None, "exit_code": None}
-        info["rounds_done"] = state.round if state else 0
-        records = [row_of(line) for line in read_log(folder / "metrics.jsonl", lengths["metrics.jsonl"])]
+        info |= {"rounds_done": state.round if state else 0, "final_sha256": None}
+        info |= {"engine": fed.engine, "workers": fed.workers, "cores": cores()}
+        info |= {"bytes_up": state.bytes_up if state else 0, "bytes_down": state.bytes_down if state else 0}
+        info["engine_reason"] = run.info.get("engine_reason") if fed.engine == run.info["engine"] else "same bits"
+        if config is not None:
+            info["config_sha256"] = config.model_copy(update={"rounds": total}).sha256
+        records = read_rows(folder, lengths["metrics.jsonl"])
         again = Run(folder, info, records, fed, state)
         info |= {"best": result(again.best), "final": result(again.final)}
         book = Book(folder, info, again.best)
         with storing(folder):
             book.save()
+            (folder / "model.safetensors").unlink(missing_ok=True)  # until the end, the newest checkpoint is the model
             for log, length in lengths.items():
                 os.truncate(folder / log, length)
             if (folder / "config.toml").is_file():
@@ -283,9 +320,81 @@ def resume(
         for damaged in passed:
             book.event({"event": "passed over", "code": "E404", "message": f"{damaged} is damaged"})
             watcher.note(f"E404  {damaged} is damaged: going on from the one before; the result stays the same")
+        if warning:
+            book.event({"event": "other cores", "message": warning})
+            watcher.note(warning)
         at = state.round if state else 0
         book.event({"event": "resumed", "round": at, "torch": torch.__version__})
         return _drive(fed, book, state, records, total - at, watcher)
+
+
+def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federation, str | None]:
+    """The federation to go on with, if nothing that changes the result is other than when the run began, and what must
+    be said about the engine. Raises StorageError E405."""
+    folder, info = run.path, run.info
+
+    def refuse(message: str, remedy: str | None = None) -> StorageError:
+        return StorageError(message, code="E405", where=str(folder), remedy=remedy)
+
+    recorded = read_environment(folder)
+    if config is not None and "config" in recorded:
+        before, after = recorded["config"], json.loads(json.dumps(config.fixed))
+        other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+        if other:
+            raise refuse(
+                f"config.toml is not what this run was started with: {', '.join(other)}",
+                "put it back, or start another run: lamina run config.toml",
+            )
+        for key, sha256 in config.entry_sha256.items():
+            if recorded.get("entries", {}).get(key) != sha256:
+                raise refuse(f"{config.fixed[key].rpartition(':')[0]} ({key}) has changed since this run began")
+    fed = run._federation() if config is None else _built(run, config)
+    data, held = recorded["data"], content(fed.data)
+    if fed.data.fingerprint != data["fingerprint"] or data.get("content", held) != held:
+        raise refuse("the data is not what this run was started on")
+    spec = fed.local.schedule
+    if total != info["rounds"] and isinstance(spec, str) and "cosine" in spec.split():
+        raise refuse(
+            f"rounds={total}: local.schedule={spec!r} runs over the {info['rounds']} rounds that were asked for, so "
+            "the result would be that of no config",
+            f'a run that is to go on later needs a length: local.schedule="cosine:{total}"',
+        )
+    if (fed.engine == "threads") != (info["engine"] == "threads"):
+        raise refuse(
+            f"engine={fed.engine!r}: this run was begun with {info['engine']!r}, which gives other bits",
+            f"Federation(..., engine={info['engine']!r})",
+        )
+    if fed.engine == "threads" and info.get("cores", cores()) != cores():
+        return fed, (
+            f"this run was begun on {info['cores']} cores and goes on with {cores()}: with engine='threads' the result "
+            "is not bit-identical to that of an uninterrupted run"
+        )
+    return fed, None
+
+
+def _built(run: Run, config: Config) -> Federation:
+    from lamina.config import build
+
+    run._fed = build(config)
+    return run._fed
+
+
+@contextlib.contextmanager
+def _starting(folder: Path) -> Iterator[None]:
+    """The folder, made; gone again, and `latest` with it, when something fails before there is a run in it."""
+    with storing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        if empty and not (folder / "run.json").exists():
+            link = folder.parent.parent / "latest"
+            with contextlib.suppress(OSError):
+                if link.is_symlink() and link.resolve() == folder.resolve():
+                    link.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _with_rounds(text: str, total: int) -> str:
@@ -365,15 +474,19 @@ def _drive(fed: Federation, book: Book, state: State | None, records: list[Row],
                         if interrupts.asked and not last:
                             break
             interrupted = book.info["rounds_done"] < total
-            book.finish(fed, run._state, "interrupted" if interrupted else "done", 130 if interrupted else 0)
+            code = interrupts.exit_code if interrupted else 0
+            book.finish(fed, run._state, "interrupted" if interrupted else "done", code)
         except KeyboardInterrupt:
-            book.fail("interrupted", 130, "interrupted")
+            book.fail("interrupted", interrupts.exit_code, "interrupted")
             raise
         except StorageError as error:
             book.fail("failed", error.exit_code, str(error))
             raise
         except LaminaError as error:
             book.last_words(run._state)
+            if interrupts.asked and error.code == "E303":  # the signal went to the worker processes too
+                book.fail("interrupted", interrupts.exit_code, "interrupted")
+                raise Interrupted(run) from error
             book.fail("failed", error.exit_code, str(error))
             raise
         except Exception as error:
@@ -396,22 +509,31 @@ def _told(event: Mapping[str, str], record: RoundRecord) -> str:
 
 
 class _Interrupts:
-    """Ctrl-C once is a wish, twice an order. Only in the main thread, where signals arrive."""
+    """Ctrl-C once is a wish, twice an order; SIGTERM and SIGHUP, where nobody else handles or ignores them, are a wish
+    too. Only in the main thread, where signals arrive."""
 
     def __init__(self) -> None:
         self.asked = False
+        self.exit_code = 130
 
     def __enter__(self) -> _Interrupts:
-        self._mine = threading.current_thread() is threading.main_thread()
-        if self._mine:
-            self._before = signal.signal(signal.SIGINT, self._press)
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number is not None and (name == "SIGINT" or signal.getsignal(number) == signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._press)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._mine:
-            signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _press(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker process: it ends with its parent
+        self.exit_code = 128 + number
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
@@ -451,6 +573,8 @@ def _fresh_info(
         "engine": fed.engine,
         "engine_reason": fed.engine_reason,
         "workers": fed.workers,
+        "cores": cores(),
+        "tested": fed.data.test is not None,
         "options": options,
         "rounds": rounds,
         "rounds_done": 0,
@@ -489,8 +613,9 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]
     split = next((run for run in runs if run.info["partition"] != POOLED), first)
     for run in () if force else runs:
         pooled = run.info["partition"] == POOLED
-        key, what = ("pool_sha256", "other examples") if pooled else ("split_sha256", "another split")
-        if run.info[key] != split.info[key]:
+        moved = not pooled and run.info["split_sha256"] != split.info["split_sha256"]
+        what = "another split" if moved else "other examples"
+        if moved or run.info["pool_sha256"] != split.info["pool_sha256"]:
             raise ConfigError(
                 f"{run.path.name} has {what} than {split.path.name}: accuracies are not comparable",
                 code="E109",
@@ -529,6 +654,8 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]
                 "initial_sha256": info["initial_sha256"],
                 "final_sha256": info["final_sha256"],
                 "torch": info["torch"],
+                "engine": info["engine"],
+                "bits": f"threads on {info.get('cores')} cores" if info["engine"] == "threads" else "one thread",
             }
         )
     return rows

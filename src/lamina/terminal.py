@@ -6,12 +6,14 @@ fitted and nothing moves: one plain line per round.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -25,9 +27,23 @@ if TYPE_CHECKING:
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3), ("B", 1))
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """rich would end the program here, in the middle of a run."""
+        raise BrokenPipeError(errno.EPIPE, "nobody reads on")
+
+
 def console(*, no_color: bool = False, stderr: bool = False) -> Console:
     """NO_COLOR and the width of the terminal are respected; numbers are not coloured by guessing."""
-    return Console(no_color=no_color or None, stderr=stderr, highlight=False, markup=False, emoji=False)
+    return _Console(no_color=no_color or None, stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
+def unread(file: IO[str]) -> None:
+    """Nobody reads this stream any more (`lamina ... | head`): what is still written to it goes nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a stream without a number is no pipe
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, file.fileno())
+        os.close(nowhere)
 
 
 def width_of(out: Console) -> int | None:
@@ -54,7 +70,7 @@ def sizes(values: Sequence[int]) -> list[str]:
 
 
 def share(x: float | None) -> str:
-    return "-" if x is None else f"{x:.4f}"
+    return "-" if x is None else f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}"
 
 
 def clock(seconds: float) -> str:
@@ -151,17 +167,26 @@ def compared(rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
         Column(f"vs {names[0]}" if plain else "vs first", ["-" if x is None else f"{x:.2f}x" for x in times], 1),
         Column("time", [clock(row["seconds"]) for row in rows], 8),
     ]
+    lengths = sorted({row["rounds"] for row in rows})
+    if len(lengths) > 1:
+        columns.insert(3, Column("rounds", [str(row["rounds"]) for row in rows], 6))
     if any(row["personal_accuracy"] is not None and not row["personal"] for row in rows):
-        columns.insert(6, Column("personal", [share(row["personal_accuracy"]) for row in rows], 7))
+        columns.insert(
+            7 if len(lengths) > 1 else 6, Column("personal", [share(row["personal_accuracy"]) for row in rows], 7)
+        )
     if any(row["status"] != "done" for row in rows):
         columns.append(Column("status", [row["status"] for row in rows], 7, left=True))
     pooled = [name for name, row in zip(names, rows, strict=True) if row["partition"] == "pooled"]
     personal = [name for name, row in zip(names, rows, strict=True) if row["personal"]]
     split = [row for row in rows if row["partition"] != "pooled"] or rows
-    same = [f"same split {_same(split, 'split_sha256')}"]
+    alike = len({(row["split_sha256"], row["pool_sha256"]) for row in split}) == 1
+    same = [f"same split yes ({str(split[0]['split_sha256'])[:4]})" if alike else "same split NO"]
     if pooled:
         same.append(f"same examples {_same(rows, 'pool_sha256')}")
-    same += [f"same {word} {_same(rows, key)}" for word, key in (("init", "initial_sha256"), ("torch", "torch"))]
+    words = (("init", "initial_sha256"), ("torch", "torch"), ("engine", "bits"))
+    same += [f"same {word} {_same(rows, key)}" for word, key in words]
+    if len(lengths) > 1:
+        same.append(f"same rounds NO ({', '.join(map(str, lengths))})")
     if pooled:
         same.append(f"{', '.join(pooled)}: pooled, one client with all examples")
     if personal:
@@ -170,9 +195,7 @@ def compared(rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
 
 
 def _same(rows: Sequence[dict[str, Any]], key: str) -> str:
-    values = {row[key] for row in rows}
-    mark = f" ({str(next(iter(values)))[:4]})" if key == "split_sha256" else ""
-    return f"yes{mark}" if len(values) == 1 else "NO"
+    return "yes" if len({row[key] for row in rows}) == 1 else "NO"
 
 
 _CLIENTS_SHOWN = 20
@@ -219,8 +242,9 @@ def summary(run: Run, width: int | None = 96) -> str:
     shown = [row for row in rows if (row.round + 1) % step == 0 or row is rows[-1]]
     lines = []
     if shown:
-        cells = [_cells(row, run.personal) for row in shown]
-        lines = table([c._replace(cells=[line[i] for line in cells]) for i, c in enumerate(_ROUND)], width)
+        cells = [_cells(row, run.personal, _tested(run)) for row in shown]
+        titles = enumerate(_titles(_tested(run)))
+        lines = table([c._replace(cells=[line[i] for line in cells]) for i, c in titles], width)
     return "\n".join([*lines, *closing(run, width)])
 
 
@@ -233,12 +257,19 @@ def closing(run: Run, width: int | None) -> list[str]:
     said = [f"{info['rounds_done']} of {info['rounds']} rounds in {clock(info['seconds'])}"]
     if final is not None and best is not None and standing(final, run.personal) is not None:
         whose = "personal accuracy" if run.personal else "accuracy"
+        waits = run.records[-1] if run.records and not run.records[-1].in_sync else None
+        after = f" (the saved model is of round {waits.round}, where some layers wait)" if waits else ""
         said += [
-            f"final {whose} {share(standing(final, run.personal))} @ {final.round}",
+            f"final {whose} {share(standing(final, run.personal))} @ {final.round}{after}",
             f"best {share(standing(best, run.personal))} @ {best.round}",
         ]
     elif final is not None:
         said.append(f"final loss {share(final.loss)} @ {final.round}")
+    elif run.records and not _tested(run):
+        last = run.records[-1]
+        said += [f"train loss {share(last.train_loss)} @ {last.round}", "no test set: pass test= to ClientData"]
+    if final is not None:
+        said += [f"{name} {share(value)}" for name, value in (final.metrics or {}).items()]
     if final is not None and final.personal_accuracy is not None and not run.personal:
         said.append(f"personal {share(final.personal_accuracy)}")
     pairs = [(state, " · ".join(said))]
@@ -271,13 +302,22 @@ _ROUND = [
 ]
 
 
-def _cells(row: Row, personal: bool) -> list[str]:
+def _tested(run: Run) -> bool:
+    """Whether there is a test set; else the loss of the training stands in the table."""
+    return bool(run.info.get("tested", True))
+
+
+def _titles(tested: bool) -> list[Column]:
+    return [c._replace(title="train loss") if c.title == "loss" and not tested else c for c in _ROUND]
+
+
+def _cells(row: Row, personal: bool, tested: bool = True) -> list[str]:
     from lamina.folder import standing
 
     return [
         str(row.round),
         share(standing(row, personal)),
-        share(row.loss),
+        share(row.loss if tested else row.train_loss),
         "sync" if row.in_sync else "wait",
         f"{row.uploaded}/{row.parameters}",
         f"{row.clients - row.refused}/{row.clients}",
@@ -334,10 +374,12 @@ class Terminal:
         plain = not self.out.is_terminal
         self._step = self._every or (1 if plain else max(1, self._total // 20))
         self._say(banner(run, fed, self.width))
-        fitted = list(_ROUND)
+        self._tested = _tested(run)
+        self._shown = _titles(self._tested)
+        fitted = list(self._shown)
         while self.width is not None and _wide(fitted) > self.width and any(c.rank for c in fitted):
             fitted.remove(max(fitted, key=lambda c: c.rank))
-        self._columns = [i for i, c in enumerate(_ROUND) if c in fitted]
+        self._columns = [i for i, c in enumerate(self._shown) if c in fitted]
         self._personal = run.personal
         self._titled = False  # the titles wait for the first line: notes at the start come before them
         if not plain:
@@ -350,8 +392,8 @@ class Terminal:
     def round(self, row: Row) -> None:
         self._done = row.round + 1
         if self._done % self._step == 0 or self._done == self._total:
-            cells = _cells(row, self._personal)
-            titles = [] if self._titled else ["", self._line([c.title for c in _ROUND])]
+            cells = _cells(row, self._personal, self._tested)
+            titles = [] if self._titled else ["", self._line([c.title for c in self._shown])]
             self._titled = True
             self._say([*titles, self._line(cells)])
         if self._live is not None:
@@ -368,7 +410,8 @@ class Terminal:
 
     def end(self, run: Run) -> None:
         if self._live is not None:
-            self._live.stop()
+            with contextlib.suppress(OSError):
+                self._live.stop()
             self._live = None
         self._say(["", *closing(run, self.width), ""])
 
@@ -378,14 +421,19 @@ class Terminal:
     def _line(self, cells: Sequence[str]) -> str:
         parts = []
         for i in self._columns:
-            span = _span(_ROUND[i])
-            parts.append(cells[i].ljust(span) if _ROUND[i].left else cells[i].rjust(span))
+            span = _span(self._shown[i])
+            parts.append(cells[i].ljust(span) if self._shown[i].left else cells[i].rjust(span))
         return "  ".join(["", *parts]).rstrip()
 
     def _say(self, lines: Sequence[str]) -> None:
-        for line in lines:
-            self.out.print(Text(line), soft_wrap=True)
-        self.out.file.flush()
+        """Where nobody reads on (`| head`, a terminal that was closed), the run goes on unseen."""
+        try:
+            for line in lines:
+                self.out.print(Text(line), soft_wrap=True)
+            self.out.file.flush()
+        except OSError:
+            self.out.quiet = True
+            unread(self.out.file)
 
 
 class Quiet:
@@ -405,16 +453,22 @@ class Objects:
     """One JSON object per line: "begin", "round" (a row of metrics.jsonl), "note", "end" (run.json)."""
 
     def begin(self, run: Run, fed: Federation) -> None:
-        emit({"event": "begin", "run": str(run.path), **run.info})
+        self._emit({"event": "begin", "run": str(run.path), **run.info})
 
     def round(self, row: Row) -> None:
-        emit({"event": "round", **row._asdict()})
+        self._emit({"event": "round", **row._asdict()})
 
     def note(self, text: str) -> None:
-        emit({"event": "note", "text": text})
+        self._emit({"event": "note", "text": text})
 
     def end(self, run: Run) -> None:
-        emit({"event": "end", "run": str(run.path), **run.info})
+        self._emit({"event": "end", "run": str(run.path), **run.info})
+
+    def _emit(self, value: dict[str, Any]) -> None:
+        try:
+            emit(value)
+        except OSError:
+            unread(sys.stdout)
 
 
 def emit(value: dict[str, Any]) -> None:
