@@ -33,7 +33,6 @@ from lamina.engine import processes
 from lamina.engine.arena import Arena, Full, layout
 
 forked = pytest.mark.skipif(not processes.available(), reason="no fork here")
-MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -48,63 +47,58 @@ def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def set(cores: int = 4, cache: int = 32 * MIB, forks: bool = True) -> None:
+    def set(cores: int = 4, forks: bool = True) -> None:
         monkeypatch.setattr(engines, "cores", lambda: cores)
-        monkeypatch.setattr(engines, "last_level_cache", lambda: cache)
         monkeypatch.setattr(processes, "available", lambda: forks)
 
     return set
 
 
 @pytest.mark.parametrize(
-    ("cores", "forks", "model", "batch", "cohort", "chosen"),
+    ("cores", "forks", "cohort", "chosen"),
     [
-        (4, True, MIB, 32, 10, ("processes", 4)),
-        (4, True, MIB, 32, 4, ("processes", 4)),
-        (4, True, MIB, 32, 3, ("threads", 1)),  # fewer clients than cores
-        (4, True, 25 * MIB, 32, 10, ("threads", 1)),  # beyond 3/4 of the cache, small batches
-        (4, True, 25 * MIB, 65, 10, ("processes", 4)),  # large batches
-        (4, True, 25 * MIB, None, 10, ("processes", 4)),
-        (4, False, MIB, 32, 10, ("threads", 1)),
-        (1, True, MIB, 32, 10, ("loop", 1)),
+        (4, True, 10, ("processes", 4)),
+        (4, True, 4, ("processes", 4)),
+        (4, True, 3, ("threads", 1)),  # fewer clients than cores
+        (4, False, 10, ("threads", 1)),
+        (1, True, 10, ("loop", 1)),
     ],
 )
-def test_auto_follows_the_static_rule(machine, cores, forks, model, batch, cohort, chosen) -> None:
+def test_auto_follows_the_static_rule(machine, cores, forks, cohort, chosen) -> None:
     machine(cores, forks=forks)
-    name, workers, reason = engines.choose("auto", model, batch, cohort, None)
+    name, workers, reason = engines.choose("auto", cohort, None)
     assert (name, workers) == chosen
     assert reason
 
 
 def test_a_number_of_workers_is_a_limit_and_so_is_the_cohort(machine) -> None:
     machine(cores=4)
-    assert engines.choose("processes", MIB, 32, 10, 2)[1] == 2
-    assert engines.choose("processes", MIB, 32, 10, 9)[1] == 9
-    assert engines.choose("processes", MIB, 32, 3, None)[1] == 3
+    assert engines.choose("processes", 10, 2)[1] == 2
+    assert engines.choose("processes", 10, 9)[1] == 9
+    assert engines.choose("processes", 3, None)[1] == 3
 
 
 def test_what_was_asked_for_is_what_is_used(machine) -> None:
     machine()
     for name in ("loop", "threads", "processes"):
-        assert engines.choose(name, MIB, 32, 10, None)[::2] == (name, "asked for")
+        assert engines.choose(name, 10, None)[::2] == (name, "asked for")
 
 
 def test_processes_without_fork_are_refused(machine) -> None:
     machine(forks=False)
     with pytest.raises(ConfigError) as caught:
-        engines.choose("processes", MIB, 32, 10, None)
+        engines.choose("processes", 10, None)
     assert caught.value.code == "E118"
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
 def test_a_number_of_workers_must_be_whole_and_positive(workers: Any) -> None:
     with pytest.raises(ConfigError, match="workers="):
-        engines.choose("processes", MIB, 32, 10, workers)
+        engines.choose("processes", 10, workers)
 
 
 def test_the_machine_is_read_not_guessed() -> None:
     assert engines.cores() == len(os.sched_getaffinity(0))
-    assert engines.last_level_cache() >= 1 << 16
 
 
 def test_the_choice_stands_in_the_federation() -> None:

@@ -467,7 +467,7 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
     root = runs.runs_root(run_dir)
     synced = machine.sync_seconds(there(root))
     memory = machine.free_memory()
-    name, workers, reason = engine.choose("auto", 1 << 20, 32, 10, None)
+    name, workers, reason = engine.choose("auto", 10, None)
     extras = {"scikit-learn": "digits", "pillow": "PNG of CIFAR-10"}
     missing = [f"{package} (for {use})" for package, use in extras.items() if machine.installed(package) is None]
     sets = [f"{name} {'yes' if data.cached(name) else 'no'}" for name, info in data.DATASETS.items() if info.download]

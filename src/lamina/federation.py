@@ -178,10 +178,7 @@ class Federation:
         self.initial = Initial(self._trainer.snapshot(), buffers_now)
         self._schema = wire.schema_of(self.initial.params)
         self._sizes = data.sizes.tolist()
-        size = sum(x.numel() * x.element_size() for x in self.initial.params.values())
-        self.engine, self.workers, self.engine_reason = engines.choose(
-            engine, size, self.local.batch_size, self.cohort, workers
-        )
+        self.engine, self.workers, self.engine_reason = engines.choose(engine, self.cohort, workers)
         self._fedavg = self._fedavg_bytes()
 
     @property

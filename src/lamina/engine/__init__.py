@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from lamina.client import Setup, Trainer
 from lamina.engine import processes
@@ -20,19 +19,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest processor cache; 32 MiB where the system does not say."""
-    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
-
-
-def choose(name: str, model_bytes: int, batch: int | None, cohort: int, workers: int | None) -> tuple[str, int, str]:
+def choose(name: str, cohort: int, workers: int | None) -> tuple[str, int, str]:
     """Name, workers and reason of the engine to use, from static features only: results never depend on a timing.
+
+    One client per core wins on every work of docs/performance.md, the one whose model exceeds the cache included.
 
     Args:
         name: what was asked for; "auto" applies the rule.
-        model_bytes: of the trainable parameters.
-        batch: examples per step, None for whole clients.
         cohort: clients per round.
         workers: processes asked for, None for one per core.
 
@@ -48,10 +41,6 @@ def choose(name: str, model_bytes: int, batch: int | None, cohort: int, workers:
         return name, limit, "asked for"
     if name != "auto":
         return name, 1, "asked for"
-    small_batch = batch is not None and batch <= 64
-    if model_bytes > 0.75 * last_level_cache() and small_batch:
-        mib = model_bytes / 2**20
-        return "threads", 1, f"the model ({mib:.0f} MiB) does not fit the cache once per core"
     if cohort < cores():
         return "threads", 1, f"{cohort} clients a round are fewer than {cores()} cores"
     if not processes.available():
