@@ -466,3 +466,10 @@ def test_a_damaged_run_does_not_hide_the_others(root: Path) -> None:
 
 def test_large_losses_are_short() -> None:
     assert [terminal.share(x) for x in (None, 0.5, 99999.0, 1234567.0)] == ["-", "0.5000", "99999.0000", "1.235e+06"]
+
+
+@pytest.mark.parametrize(
+    ("saving", "shown"), [(0.0, "+0.0 %"), (1e-9, "+0.0 %"), (0.513, "-51.3 %"), (-0.02, "+2.0 %")]
+)
+def test_a_saving_is_shown_with_the_sign_of_what_was_sent(saving: float, shown: str) -> None:
+    assert terminal.against(saving) == shown

@@ -69,6 +69,11 @@ def sizes(values: Sequence[int]) -> list[str]:
     return [f"{n / factor:.{digits}f} {unit}" for n in values]
 
 
+def against(saving: float) -> str:
+    """Bytes relative to FedAvg's, e.g. "-51.3 %"; "as much" reads 0.0, not -0.0."""
+    return f"{round(-100 * saving, 1) + 0.0:+.1f} %"
+
+
 def share(x: float | None) -> str:
     return "-" if x is None else f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}"
 
@@ -323,7 +328,7 @@ def _cells(row: Row, personal: bool, tested: bool = True) -> list[str]:
         f"{row.clients - row.refused}/{row.clients}",
         size(row.total_up),
         size(row.total_down),
-        f"{-100 * row.saving:+.1f} %",
+        against(row.saving),
         f"{row.seconds:.2f}",
     ]
 
@@ -399,7 +404,7 @@ class Terminal:
         if self._live is not None:
             left = (time.monotonic() - self._began) / (self._done - self._first) * (self._total - self._done)
             pieces = [f"eta {clock(left)}", f"acc {_cells(row, self._personal)[1]}", f"up {size(row.total_up)}",
-                      f"down {size(row.total_down)}", f"{-100 * row.saving:+.1f} %"]  # fmt: skip
+                      f"down {size(row.total_down)}", against(row.saving)]  # fmt: skip
             room = self.out.width - len(self._count()) - 20 - 3
             while len("  ".join(pieces)) > room and len(pieces) > 1:
                 pieces.pop()
