@@ -105,24 +105,26 @@ class _Pool:
         # The kernel tells a child that its parent died when the forking *thread* ends, so only the main one counts.
         lasting = threading.current_thread() is threading.main_thread()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until both sides are ready
-        with warnings.catch_warnings():
-            # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one thread
-            # never wakes.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            try:  # whatever happens, the child never returns into the caller's code
-                for pipe in (*self._pipes, ours):
-                    pipe.close()
-                if lasting:
-                    _die_with_parent()
-                _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
-            finally:
-                os._exit(1)
-        theirs.close()
-        self._pipes.append(ours)
-        self._pids.append(pid)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            with warnings.catch_warnings():
+                # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one
+                # thread never wakes.
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pid = os.fork()
+            if pid == 0:
+                try:  # whatever happens, the child never returns into the caller's code
+                    for pipe in (*self._pipes, ours):
+                        pipe.close()
+                    if lasting:
+                        _die_with_parent()
+                    _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
+                finally:
+                    os._exit(1)
+            theirs.close()
+            self._pipes.append(ours)
+            self._pids.append(pid)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
         self._announce(kind, plan)
