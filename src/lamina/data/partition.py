@@ -14,7 +14,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lamina.errors import ConfigError, expect
+from lamina.errors import ConfigError, expect, meant
 from lamina.random import address
 
 PARTITIONS: dict[str, str] = {
@@ -65,9 +64,9 @@ def split(spec: str, labels: Tensor | None, clients: int, seed: int, n: int) -> 
         )
     form = next((known for known in PARTITIONS if known.split(":")[0] == rule), None)
     if form is None:
-        raise ConfigError(
-            f"unknown partition {spec!r}{_meant(rule)}", where=where, remedy=f"known: {', '.join(PARTITIONS)}"
-        )
+        close = meant(rule, [known.split(":")[0] for known in PARTITIONS])
+        message = f"unknown partition {spec!r}" + (f": {close}" if close else "")
+        raise ConfigError(message, where=where, remedy=f"known: {', '.join(PARTITIONS)}")
     balanced = rule == "dirichlet" and len(values) == 2
     if balanced and values[1] != "balanced":
         raise ConfigError(f"{values[1]!r}: did you mean 'balanced'?", where=where, remedy="dirichlet:a:balanced")
@@ -276,8 +275,3 @@ def _number(text: str, kind: Callable[[str], Any], name: str, where: str) -> Any
 def _example(form: str) -> str:
     examples = {"dirichlet": "dirichlet:0.5", "pathological": "pathological:2", "quantity": "quantity:1.0"}
     return next((example for rule, example in examples.items() if rule in form), "iid")
-
-
-def _meant(rule: str) -> str:
-    close = get_close_matches(rule, [known.split(":")[0] for known in PARTITIONS], n=1)
-    return f": did you mean {close[0]!r}?" if close else ""

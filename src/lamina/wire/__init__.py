@@ -6,12 +6,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
-from lamina.errors import ConfigError, WireError
+from lamina.errors import ConfigError, WireError, meant
 from lamina.wire.codec import Codec, Context, Schema, Size, Spec, decode, encode, layout, schema_of, transmit
 from lamina.wire.dense import Dense
 from lamina.wire.sparse import RandomK, TopK
@@ -99,5 +98,4 @@ def _option(word: str, text: str) -> tuple[str, Any]:
 
 
 def _suggest(word: str, known: Mapping[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(known)}"
+    return meant(word, known) or f"one of {', '.join(known)}"
