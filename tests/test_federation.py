@@ -26,6 +26,7 @@ from lamina import (
     Message,
     Method,
     Plan,
+    RoundRecord,
     RunError,
     Work,
     federation,
@@ -447,6 +448,57 @@ def test_rounds_are_evaluated_as_often_as_asked_and_at_the_end() -> None:
 def test_without_a_test_set_nothing_is_evaluated() -> None:
     _, (record,) = cases.finish(line(), 1)
     assert (record.accuracy, record.loss, record.personal_accuracy, record.metrics) == (None, None, None, {})
+
+
+def test_inertia_has_a_length_and_a_direction() -> None:
+    pairs = list(cases.federation(FedAvgM(lr=2.0, momentum=0.5)).run(5))
+    reference = pairs[2][0].params
+    for state, record in pairs[3:]:
+        for name, row in record.layers.items():
+            x, start = state.params[name].double().flatten(), reference[name].double().flatten()
+            assert row.inertia_l2 == pytest.approx(float((x - start).norm()), rel=1e-4)
+            cosine = float(x @ start / (x.norm() * start.norm())) if start.norm() > 0 else None
+            assert row.inertia_cosine == (cosine if cosine is None else pytest.approx(cosine, abs=1e-6))
+    assert pairs[2][1].layers["head.weight"].inertia_l2 == 0
+    assert pairs[2][1].layers["head.weight"].inertia_cosine == pytest.approx(1)
+
+
+@pytest.mark.parametrize("engine", ["loop", "processes"])
+def test_accuracy_before_aggregation_is_that_of_the_clients_own_models(engine: str) -> None:
+    """Two clients on their whole data at once; each alone is a federation whose global model is the client's."""
+    examples = cases.data()
+    pairs = {name: examples.examples(examples.indices_of(i)) for i, name in enumerate(cases.SIZES)}
+
+    def trained(*names: str) -> RoundRecord:
+        data = ClientData.from_clients({name: pairs[name] for name in names}, test=examples.test)
+        local = LocalSGD(lr=0.3, batch_size=None, epochs=3)
+        fed = Federation(cases.small, data, local=local, engine=engine, accuracy_before=True)
+        return next(record for _, record in fed.run(1))
+
+    alone = [trained(name) for name in ("ann", "dan")]
+    assert [r.accuracy_before for r in alone] == [r.accuracy for r in alone]
+    before = trained("ann", "dan").accuracy_before
+    assert before == pytest.approx(sum(r.accuracy for r in alone) / 2)
+    assert len({r.accuracy for r in alone}) == 2
+
+
+def test_testing_the_clients_models_changes_nothing_else() -> None:
+    (plain, records), (tested, judged) = (
+        cases.finish(cases.federation(accuracy_before=asked)) for asked in (False, True)
+    )
+    assert cases.everything(plain) == cases.everything(tested)
+    assert all(r.accuracy_before is not None for r in judged)
+    assert [replace(r, accuracy_before=None) for r in judged] == records
+
+
+def test_accuracy_before_is_there_in_the_rounds_that_are_evaluated() -> None:
+    records = [record for _, record in cases.federation(accuracy_before=True).run(4, evaluate_every=2)]
+    assert [r.accuracy_before is None for r in records] == [True, False, True, False]
+
+
+def test_accuracy_before_needs_a_test_set() -> None:
+    with pytest.raises(ConfigError, match="accuracy_before=True: the data has no test set"):
+        line(TWO, accuracy_before=True)
 
 
 def test_personal_accuracy_is_the_mean_over_clients_of_their_personal_models() -> None:

@@ -18,7 +18,7 @@ NAMES = [
 
 ARGUMENTS: dict[Any, str] = {
     lamina.Federation: "model data method uplink downlink local cohort weights buffers loss metrics aggregate seed "
-    "engine workers diagnostics through_bytes",
+    "engine workers diagnostics accuracy_before through_bytes",
     lamina.Federation.run: "self rounds state evaluate_every",
     lamina.Federation.fit: "self rounds out options",
     lamina.Federation.evaluate: "self state engine",
@@ -63,11 +63,11 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
 
 RECORD = [
     "round", "cohort", "in_sync", "bytes_up", "bytes_down", "seconds", "layers", "traffic", "clients", "train_loss",
-    "lr", "accuracy", "loss", "personal_accuracy", "metrics", "events", "fedavg_up", "fedavg_down",
+    "lr", "accuracy", "loss", "personal_accuracy", "accuracy_before", "metrics", "events", "fedavg_up", "fedavg_down",
 ]  # fmt: skip
 LAYER = [
     "uploaded", "interval", "bytes_up", "bytes_down", "update_norm", "divergence", "divergence_std", "alignment",
-    "discrepancy", "inertia", "density",
+    "discrepancy", "inertia", "inertia_l2", "inertia_cosine", "density",
 ]  # fmt: skip
 
 

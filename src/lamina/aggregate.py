@@ -24,7 +24,8 @@ class Mean:
         full: the sum of all p that are expected, added in the order in which they will come. When all have come
             nothing is divided, so one client's mean is its message, bit for bit.
 
-    Integer tensors (counters in buffers) take the maximum. No stack of messages is kept: memory is one message.
+    Integer tensors, and bool ones among the buffers, take the maximum; other bool tensors (votes) are averaged as 0
+    and 1: the share of the weight that says yes. No stack of messages is kept: memory is one message.
     """
 
     def __init__(self, full: float):
@@ -37,6 +38,8 @@ class Mean:
         weights = self._weights.setdefault(tree, {})
         for name, x in content.items():
             old = sums.get(name)
+            if x.dtype == torch.bool and tree != "buffers":
+                x = x.to(torch.float32)
             if not x.is_floating_point():
                 sums[name] = x.clone() if old is None else torch.maximum(old, x)
             elif old is None:

@@ -25,7 +25,7 @@ from lamina.wire import frame
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 BUFFERS = ("average", "keep", "skip")
-RESERVED = frozenset({"moments", "steps", "buffers", "shared"})  # trees and ledger rows of the engine's own
+RESERVED = frozenset({"moments", "steps", "buffers", "shared", "score", "change"})  # trees and ledger rows of the engine's own
 
 
 @dataclass(frozen=True)

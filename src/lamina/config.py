@@ -40,7 +40,7 @@ from lamina.federation import Federation
 from lamina.method import Chain, FedAvg, Method
 from lamina.methods import METHODS
 from lamina.models import MODELS
-from lamina.settings import PARTS, SECTIONS, Key, Values, collect
+from lamina.settings import PARTS, SECTIONS, Key, Values, collect, merged
 
 CENTRALISED = "centralised"  # no method: all examples with one client, the point of reference
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -92,6 +92,7 @@ class Config(BaseModel):
     workers: Whole | None = None
     evaluate_every: Whole = 1
     diagnostics: bool = True
+    accuracy_before: bool = False
     through_bytes: bool = False
     model: Part
     data: Part
@@ -166,6 +167,15 @@ def load(target: str | Path, arguments: Sequence[str] = (), env: Mapping[str, st
         ConfigError: E102 to E106, with the origin of what is wrong.
     """
     return _resolve(collect(target, arguments, env, Config.model_fields))
+
+
+def load_tables(*layers: tuple[str, Mapping[str, Any]]) -> Config:
+    """The experiment that tables in the form of a TOML file say together: (origin, table), the lowest first.
+
+    Raises:
+        ConfigError: E102 to E106, with the origin of what is wrong.
+    """
+    return _resolve(merged(layers))
 
 
 # ---- what a part takes
@@ -496,6 +506,7 @@ def build(config: Config, progress: Callable[[str, str, int, int], None] | None 
             engine=config.engine,
             workers=config.workers,
             diagnostics=config.diagnostics,
+            accuracy_before=config.accuracy_before,
             through_bytes=config.through_bytes,
         )
     except ConfigError as error:

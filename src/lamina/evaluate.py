@@ -59,6 +59,12 @@ def score_piece(trainer: Trainer, setup: Setup, plan: Plan, piece: int) -> Score
     return _score(trainer, setup.loss, _cut(_given(setup.data.test), piece))
 
 
+def score_local(trainer: Trainer, setup: Setup) -> Score:
+    """The model as the trainer holds it after a client's local training, on the whole test set."""
+    test = _given(setup.data.test)
+    return Score.total(_score(trainer, setup.loss, _cut(test, piece)) for piece in range(pieces(test)))
+
+
 def score_personal(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row) -> Score:
     """A client's personal model, begin(client, next plan, params), on its own test set.
 

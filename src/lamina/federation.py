@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lamina import engine as engines
 from lamina import wire
@@ -25,7 +25,7 @@ from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addres
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, tag
-from lamina.engine.base import Engine, score_of, threads
+from lamina.engine.base import Engine, Kind, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
@@ -34,7 +34,7 @@ from lamina.preflight import ready
 from lamina.random import address
 from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
 from lamina.store import ClientStore, Stored
-from lamina.tree import Message, Params, add, squared_norm, squared_norms
+from lamina.tree import Message, Params, add, squared_norm
 from lamina.wire import frame
 
 if TYPE_CHECKING:
@@ -108,6 +108,8 @@ class Federation:
         seed: every random number follows from it.
         engine: "auto", "loop", "processes" or "threads"; `workers`: processes, None for one per core.
         diagnostics: per-layer divergence in the records; costs one float64 per tensor and client on the wire.
+        accuracy_before: test every client's model before aggregation too, in rounds that are evaluated; costs an
+            evaluation per client, on no wire.
         through_bytes: really encode and decode every plan, message and client state. Slower; changes nothing else.
 
     Raises:
@@ -133,6 +135,7 @@ class Federation:
         engine: str = "auto",
         workers: int | None = None,
         diagnostics: bool = True,
+        accuracy_before: bool = False,
         through_bytes: bool = False,
     ):
         _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
@@ -170,6 +173,12 @@ class Federation:
         )  # fmt: skip
         self.method = parts.bind(task)
         self._diagnostics = diagnostics
+        expect(
+            not accuracy_before or data.test is not None,
+            "accuracy_before=True: the data has no test set",
+            where="accuracy_before",
+        )
+        self._judges = accuracy_before
         moments = diagnostics or self.method.needs_moments
         self._setup = Setup(
             data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, through_bytes
@@ -248,7 +257,8 @@ class Federation:
             plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, len(cohort)))
             broadcast = self._broadcast(plan)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
-            mean, store = self._collect("round", engine, broadcast, order, state.clients, books)
+            kind: Kind = "judged" if evaluating and self._judges else "round"
+            mean, store = self._collect(kind, engine, broadcast, order, state.clients, books)
             if not books.accepted:
                 raise RunError(
                     f"round {t}: every message was refused; the first, of client {books.clients[0].name!r}, has "
@@ -286,6 +296,7 @@ class Federation:
             accuracy=result.accuracy,
             loss=result.loss,
             personal_accuracy=result.personal_accuracy,
+            accuracy_before=books.accuracy_before(),
             metrics=result.metrics,
             events=tuple(books.events),
             fedavg_up=self._fedavg[0] * len(cohort),
@@ -337,7 +348,7 @@ class Federation:
         return Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes)
 
     def _collect(
-        self, kind: Literal["round", "probe"], engine: Engine, broadcast: Broadcast, order: Sequence[int],
+        self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
         store: ClientStore, books: _Books,
     ) -> tuple[Message, ClientStore]:  # fmt: skip
         """Sends the plan, takes the replies in order, and sums what is accepted."""
@@ -347,26 +358,30 @@ class Federation:
         even = 1.0 / len(order)
         mean = Mean(total(shares.values()))
         uniform = Mean(total(even for _ in order))
+        phase = "probe" if kind == "probe" else "round"
+        weighing = {"moments": "update"}  # a tree whose weights are those of another
         stored = {c: store.get(c) for c in order}
         rows = {c: s.row for c, s in stored.items() if s.row is not None}
         changed: dict[int, Stored] = {}
         for reply in engine.replies(kind, broadcast.plan, order, rows):
             c = reply.client
             lacking = broadcast.lacking(stored[c].held)
-            down = books.sent(kind, "down", broadcast.sizes(lacking, stored[c].accepted))
-            up = books.sent(kind, "up", reply.sizes)
+            down = books.sent(phase, "down", broadcast.sizes(lacking, stored[c].accepted))
+            up = books.sent(phase, "up", reply.sizes)
             books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
             if reply.refused is not None:
                 changed[c] = stored[c]._replace(held=broadcast.tags)
                 continue
             for tree, content in reply.message.items():
-                if tree in self.method.uniform:
+                if tree == "score":
+                    books.before.append(score_of(reply).accuracy)
+                elif weighing.get(tree, tree) in self.method.uniform:
                     uniform.add(tree, content, even)
                 else:
                     mean.add(tree, content, shares[c])
-            if kind == "round":
+            if kind != "probe":
                 books.count(reply.sizes["update"].entries, shares[c])
-            changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind == "round" else -1)
+            changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1)
         return mean.result() | uniform.result(), store.updated(changed)
 
     def _observe(
@@ -377,7 +392,6 @@ class Federation:
         elapsed = {name: old.elapsed.get(name, 0.0) + steps for name in params}
         intervals = self.method.observe(state.server).get("interval", {})  # those in force in this round
         reference = params if plan.round == _REFERENCE_ROUND else old.reference
-        base = squared_norms(reference) if reference else {}
         rows = {}
         for name in params:
             u = mean["update"].get(name)
@@ -392,8 +406,7 @@ class Federation:
                     second = float(mean["moments"][name])
                     numbers |= _spread(second, norm2, books.accepted, numel, elapsed[name])
             if reference:
-                moved = squared_norm(params[name] - reference[name]) ** 0.5
-                numbers["inertia"] = moved / base[name] ** 0.5 if base[name] else None
+                numbers |= _inertia(params[name], reference[name])
             rows[name] = LayerRecord(
                 uploaded=name in plan.upload,
                 interval=int(intervals.get(name, 1)),
@@ -429,6 +442,7 @@ class _Books:
         self.clients: list[ClientRecord] = []
         self.events: list[dict[str, str]] = []
         self.accepted = 0
+        self.before: list[float | None] = []  # accuracy of the accepted clients' own models
         self.share = 0.0  # of the accepted messages, by weight
         self.kept: dict[str, float] = defaultdict(float)  # weighted mean number of entries that travelled, by layer
 
@@ -461,6 +475,10 @@ class _Books:
                     "remedy": "lower local.lr or set local.clip; look at this client's data",
                 }
             )
+
+    def accuracy_before(self) -> float | None:
+        known = [accuracy for accuracy in self.before if accuracy is not None]
+        return total(known) / len(known) if known else None
 
     def count(self, entries: Mapping[str, int], share: float) -> None:
         self.share += share
@@ -522,6 +540,17 @@ def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> di
         "divergence_std": (m * spread / (m * numel - 1)) ** 0.5 if m * numel > 1 else None,
         "alignment": norm2 / second if second > 0 else None,
         "discrepancy": spread / (steps * numel) if steps * numel else None,
+    }
+
+
+def _inertia(x: Tensor, start: Tensor) -> dict[str, float | None]:
+    """How far a layer has moved from where it was."""
+    moved, now, then = squared_norm(x - start) ** 0.5, squared_norm(x) ** 0.5, squared_norm(start) ** 0.5
+    return {
+        "inertia": moved / then if then else None,
+        "inertia_l2": moved,
+        # x . start = (|x|^2 + |start|^2 - |x - start|^2) / 2, from what is known already
+        "inertia_cosine": (now**2 + then**2 - moved**2) / (2 * now * then) if now and then else None,
     }
 
 

@@ -48,6 +48,7 @@ class Row(NamedTuple):
     accuracy: float | None
     loss: float | None
     personal_accuracy: float | None
+    accuracy_before: float | None
     metrics: dict[str, float]
     train_loss: float
     lr: float
@@ -96,6 +97,7 @@ class Book:
             accuracy=record.accuracy,
             loss=record.loss,
             personal_accuracy=record.personal_accuracy,
+            accuracy_before=record.accuracy_before,
             metrics=record.metrics,
             train_loss=record.train_loss,
             lr=record.lr,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Generic, NamedTuple, Self, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
@@ -72,6 +72,17 @@ class Plan:
         _refuse_reserved(numbers, ("lr", "participation", "in_sync", "accepted"))
         return replace(self, config=_disjoint(self.config, numbers, "plan number"))
 
+    def under(self, mask: Params) -> Plan:
+        """Only the entries under this mask exist: name -> bool tensor, 1 = kept; a tensor without an entry is whole.
+        Raises ConfigError (E116) when there is a mask already."""
+        expect(self.mask is None, "two methods of the chain set a mask", code="E116")
+        return replace(self, mask=mask)
+
+    def kept(self, name: str) -> int:
+        """Entries of a parameter that exist under the mask."""
+        mask = self.mask.get(name) if self.mask else None
+        return self.params[name].numel() if mask is None else int(mask.sum())
+
 
 class Work(NamedTuple):
     """What local training leaves behind."""
@@ -98,6 +109,10 @@ class Method(Generic[S, C]):
     neutral: bool = True  # its neutral setting is bit-identical to FedAvg
     alone: bool = False  # combining it with others is meaningless
     optimises: bool = False  # its `step` replaces the mean update: nothing after it can measure the mean
+    encodes: bool = False  # its "update" is a code of the update, of which its `step` makes the mean
+    compensates: bool = False  # it keeps what the uplink lost, and sends it later
+    masks: Literal["fixed", "server", "clients"] | None = None  # it sets plan.mask; who changes that, if anybody
+    measures: bool = False  # its `step` reads the mean update
     task: Task  # set by bind
 
     def bind(self, task: Task) -> Self:
@@ -183,6 +198,10 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
         self.neutral = all(m.neutral for m in flat)
         self.needs_moments = any(m.needs_moments for m in flat)
         self.optimises = any(m.optimises for m in flat)
+        self.encodes = any(m.encodes for m in flat)
+        self.compensates = any(m.compensates for m in flat)
+        self.masks = next((m.masks for m in flat if m.masks is not None), None)
+        self.measures = any(m.measures for m in flat)
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.methods))})"
@@ -280,29 +299,96 @@ def _refuse_reserved(names: Iterable[str], reserved: Sequence[str]) -> None:
 
 
 def _refuse_meaningless(methods: Sequence[Method[Any, Any]]) -> None:
-    loner = next((m for m in methods if m.alone), None)
-    if loner is not None and len(methods) > 1:
-        raise ConfigError(f"{loner!r} cannot be combined: it shares nothing that another could act on", code="E115")
-    reasons = {m.withholds for m in methods}
-    if {"waiting", "recycled"} <= reasons:
-        raise ConfigError(
-            "a method that lets layers wait and one that recycles them cannot decide about the same layers",
-            code="E115",
-            remedy="choose one of the two: a layer that waits keeps training locally, a recycled one replays",
-        )
-    schedulers = [m for m in methods if m.withholds == "waiting"]
-    if len(schedulers) > 1:
-        raise ConfigError(f"{schedulers[0]!r} and {schedulers[1]!r} both decide which layers wait", code="E115")
+    """E115 with the reason for what means nothing together, or nothing in this order."""
+    for i, first in enumerate(methods):
+        for second in methods[i + 1 :]:
+            for one, other, why in _REFUSED:
+                for a, b in ((first, second), (second, first)):
+                    if one(a) and other(b):
+                        raise ConfigError(f"{a!r} with {b!r}: {why}", code="E115")
+            for late, early, why in _ORDER:
+                if late(first) and early(second):
+                    raise ConfigError(
+                        f"{first!r} before {second!r}: {why}",
+                        code="E115",
+                        remedy=f"put {second!r} before {first!r}",
+                    )
     writers: dict[str, Method[Any, Any]] = {}
     for m in methods:
         for tree in sorted(m.sends - _OPEN):
             if tree in writers:
                 raise ConfigError(f"{writers[tree]!r} and {m!r} both send the tree {tree!r}", code="E116")
             writers[tree] = m
-    for i, m in enumerate(methods):
-        if m.optimises and (later := [n for n in methods[i + 1 :] if n.needs_moments or n.optimises]):
-            raise ConfigError(
-                f"{m!r} replaces the mean update before {later[0]!r} can read it",
-                code="E115",
-                remedy="put methods that measure a message before the server optimiser, and use one optimiser",
-            )
+
+
+_Is = Callable[[Method[Any, Any]], bool]
+
+
+def _anything(m: Method[Any, Any]) -> bool:
+    return True
+
+
+def _alone(m: Method[Any, Any]) -> bool:
+    return m.alone
+
+
+def _waits(m: Method[Any, Any]) -> bool:
+    return m.withholds == "waiting"
+
+
+def _recycles(m: Method[Any, Any]) -> bool:
+    return m.withholds == "recycled"
+
+
+def _optimises(m: Method[Any, Any]) -> bool:
+    return m.optimises
+
+
+def _encodes(m: Method[Any, Any]) -> bool:
+    return m.encodes
+
+
+def _compensates(m: Method[Any, Any]) -> bool:
+    return m.compensates
+
+
+def _masks(m: Method[Any, Any]) -> bool:
+    return m.masks is not None
+
+
+def _moves_mask(m: Method[Any, Any]) -> bool:
+    return m.masks in ("server", "clients")
+
+
+def _reads_spread(m: Method[Any, Any]) -> bool:
+    return m.needs_moments
+
+
+def _reads_mean(m: Method[Any, Any]) -> bool:
+    return m.measures or m.needs_moments
+
+
+_REFUSED: tuple[tuple[_Is, _Is, str], ...] = (
+    (_alone, _anything, "it shares nothing that another method could act on"),
+    (_waits, _recycles, "they cannot decide about the same layers: one that waits keeps training, one that is recycled "
+     "replays; choose one of the two"),
+    (_waits, _waits, "both decide which layers wait"),
+    (_recycles, _recycles, "both decide which layers are recycled"),
+    (_optimises, _optimises, "each replaces the mean update by a step of its own: use one"),
+    (_compensates, _compensates, "both would send again what the uplink lost: use one"),
+    (_encodes, _encodes, "both put a code in the place of the update: use one"),
+    (_encodes, _reads_spread, "the spread of the codes that one sends is not that of the updates, which the other "
+     "measures"),
+    (_masks, _masks, "both set the mask: use one"),
+    (_moves_mask, _waits, "the mask would change under layers that wait at the clients"),
+    (_moves_mask, _recycles, "a recycled update would fall outside a mask that has changed"),
+    (lambda m: m.masks == "clients", _compensates, "what a client prunes must arrive at once, not with a later round"),
+)  # fmt: skip
+
+_ORDER: tuple[tuple[_Is, _Is, str], ...] = (  # (must stand later, must stand earlier, why)
+    (_optimises, _reads_mean, "it replaces the mean update before the other can read it"),
+    (_compensates, _encodes, "what the uplink loses is counted in the units that travel"),
+    (_reads_mean, _encodes, "it reads the mean update, which the other recovers from what is sent"),
+    (_optimises, _encodes, "it steps by the mean update, which the other recovers from what is sent"),
+    (lambda m: m.masks == "server", _optimises, "an optimiser would fill again what was pruned"),
+)

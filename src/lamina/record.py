@@ -22,6 +22,8 @@ class LayerRecord(NamedTuple):
     alignment: float | None = None  # |Eu|^2 / E|u|^2
     discrepancy: float | None = None  # E|u-Eu|^2 per parameter and local step since the last aggregation
     inertia: float | None = None  # |w(t) - w(2)| / |w(2)| of the global model
+    inertia_l2: float | None = None  # |w(t) - w(2)|
+    inertia_cosine: float | None = None  # w(t) . w(2) / (|w(t)| |w(2)|)
     density: float | None = None  # share of entries that travelled
 
 
@@ -66,6 +68,7 @@ class RoundRecord:
     accuracy: float | None = None  # of the global model on the test set; None where not evaluated
     loss: float | None = None
     personal_accuracy: float | None = None  # mean over the clients' own test sets
+    accuracy_before: float | None = None  # mean over the clients' models before aggregation, on the test set
     metrics: dict[str, float] = field(default_factory=dict)
     events: tuple[dict[str, str], ...] = ()
     fedavg_up: int = 0  # what FedAvg with fp32 would have sent in this round

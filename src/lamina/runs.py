@@ -557,7 +557,7 @@ def _fresh_info(
         "method_repr": repr(fed.method),
         "uplink": codec_title(fed.uplink),
         "downlink": codec_title(fed.downlink),
-        "personal": fed.method.withholds == "personal",
+        "personal": "personal" in (fed.method.withholds or ""),
         "data": fed.data.name,
         "partition": fed.data.partition,
         "clients": len(fed.data),

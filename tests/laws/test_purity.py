@@ -14,7 +14,21 @@ import cases
 from lamina import FedAvg, Message, Method, Params, Plan, RunError, Task, Work
 from lamina.tree import tmap
 
-FLAGS = ("hold", "sends", "uniform", "needs_moments", "rounds", "withholds", "neutral", "alone", "optimises")
+FLAGS = (
+    "hold",
+    "sends",
+    "uniform",
+    "needs_moments",
+    "rounds",
+    "withholds",
+    "neutral",
+    "alone",
+    "optimises",
+    "encodes",
+    "compensates",
+    "masks",
+    "measures",
+)
 
 
 def picture(value: Any) -> Any:

@@ -506,6 +506,7 @@ def test_a_server_optimiser_before_it_is_refused(optimiser):
         lamina.Chain(optimiser, lamina.FedLAMA())
     assert refused.value.code == "E115"
     fedlama = "FedLAMA(phi=2, warmup=0)"
-    assert refused.value.message == f"{optimiser!r} replaces the mean update before {fedlama} can read it"
-    assert refused.value.remedy.startswith("put methods that measure a message before the server optimiser")
+    why = "it replaces the mean update before the other can read it"
+    assert refused.value.message == f"{optimiser!r} before {fedlama}: {why}"
+    assert refused.value.remedy == f"put {fedlama} before {optimiser!r}"
     assert lamina.Chain(lamina.FedLAMA(), optimiser).hold == 2

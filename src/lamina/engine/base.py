@@ -10,11 +10,12 @@ import torch
 
 from lamina.client import Reply, Setup, Trainer, client_probe, client_round
 from lamina.errors import LaminaError, RunError, place
-from lamina.evaluate import Score, score_personal, score_piece
+from lamina.evaluate import Score, score_local, score_personal, score_piece
 from lamina.method import Plan
 from lamina.store import Row
+from lamina.tree import Message
 
-Kind = Literal["round", "probe", "test", "personal"]
+Kind = Literal["round", "judged", "probe", "test", "personal"]  # judged: a round, with its client's model tested
 
 
 class Engine(Protocol):
@@ -62,7 +63,10 @@ def _work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, r
         row = Row(setup.method.init_client(plan.params), {})
     if kind == "personal":
         return _scored(client, score_personal(trainer, setup, plan, client, row))
-    return client_round(trainer, setup, plan, client, row)
+    reply = client_round(trainer, setup, plan, client, row)
+    if kind == "judged":
+        reply.message.update(_numbers(score_local(trainer, setup)))
+    return reply
 
 
 def score_of(reply: Reply) -> Score:
@@ -71,8 +75,11 @@ def score_of(reply: Reply) -> Score:
 
 
 def _scored(client: int, score: Score) -> Reply:
-    numbers = {"score": {"score": torch.tensor(score, dtype=torch.float64)}}
-    return Reply(client, numbers, None, {}, 0.0, 0, None)
+    return Reply(client, _numbers(score), None, {}, 0.0, 0, None)
+
+
+def _numbers(score: Score) -> Message:
+    return {"score": {"score": torch.tensor(score, dtype=torch.float64)}}
 
 
 @contextmanager

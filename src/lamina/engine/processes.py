@@ -180,7 +180,7 @@ class _Pool:
             raise self._died(pipe, "") from None
 
     def _activity(self, kind: Kind, client: int) -> str:
-        doing = "training" if kind in ("round", "probe") else "being evaluated"
+        doing = "training" if kind in ("round", "judged", "probe") else "being evaluated"
         return f" while {subject(kind, self._setup, client)} was {doing}"
 
     def _receive(self, pipe: Connection, activity: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Client(NamedTuple):
 class ErrorFeedback(Method[tuple[()], Client]):
     """With a lossless uplink the residual stays zero: FedAvg."""
 
+    compensates = True
+
     def init_client(self, params: Params) -> Client:
         return Client(zeros_like(params))
 

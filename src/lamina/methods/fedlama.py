@@ -124,18 +124,14 @@ class FedLAMA(Method[Server, Client]):
             if name not in mean["update"]:
                 continue
             spread = float(mean["moments"][name]) - squared_norm(mean["update"][name])  # E|u|^2 - |Eu|^2
-            fresh[name] = max(0.0, spread) / (elapsed[name] * self._dim(name, plan))
+            fresh[name] = max(0.0, spread) / (elapsed[name] * max(1, plan.kept(name)))
             elapsed[name] = 0.0
         discrepancy = {name: (seen | fresh)[name] for name in server.interval if name in seen or name in fresh}
         interval = server.interval
         if (plan.round + 1) % self.phi == 0 and plan.round + 1 > self.warmup:
-            long = relaxed(discrepancy, {name: self._dim(name, plan) for name in discrepancy})
+            long = relaxed(discrepancy, {name: max(1, plan.kept(name)) for name in discrepancy})
             interval = {name: self.phi if name in long else 1 for name in interval}
         return mean, Server(interval, discrepancy, elapsed)
 
     def observe(self, server: Server) -> Mapping[str, Mapping[str, float]]:
         return {"interval": server.interval}
-
-    def _dim(self, name: str, plan: Plan) -> int:
-        kept = plan.mask.get(name) if plan.mask else None
-        return max(1, int(kept.sum())) if kept is not None else plan.params[name].numel()
