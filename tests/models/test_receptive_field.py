@@ -63,6 +63,71 @@ def test_dilation_and_average_pooling_count():
     assert receptive_fields(model, (1, 32, 32)) == {"0.weight": (9, 1), "2.weight": (15, 2)}
 
 
+def blocks_of(model):
+    """(kernel, stride) of the convolutions of every block, first to last, by name."""
+    for part, child in model.named_children():
+        if part.startswith("layer"):
+            for b, block in enumerate(child):
+                convs = [(n, m) for n, m in block.named_children() if isinstance(m, nn.Conv2d)]
+                yield [(f"{part}.{b}.{n}.weight", m.kernel_size[0], m.stride[0]) for n, m in convs]
+
+
+@pytest.mark.parametrize("stem", ["3x3", "7x7"])
+@pytest.mark.parametrize("make", [resnet10, resnet18, resnet34, resnet50, resnet101, resnet152])
+def test_every_layer_of_a_resnet_has_the_field_of_the_recurrence(make, stem):
+    """rf += (kernel - 1) * jump, jump *= stride, from (3, 1), or (7, 2) and (11, 4) behind the pooling."""
+    with torch.device("meta"):
+        model = make(stem=stem)
+    fields = receptive_fields(model, (3, 64, 64))
+    assert fields.pop("conv1.weight") == ((3, 1) if stem == "3x3" else (7, 2))
+    rf, jump = (3, 1) if stem == "3x3" else (11, 4)
+    for block in blocks_of(model):
+        for name, kernel, stride in block:
+            rf, jump = rf + (kernel - 1) * jump, jump * stride
+            assert fields.pop(name) == (rf, jump)
+    assert all("shortcut" in name for name in fields)
+
+
+def test_a_transposed_convolution_brings_neighbours_closer():
+    """conv 3, stride 2: 3, jump 2; transposed 4, stride 2: an output meets 2 inputs, 3 + 2, jump 1; conv 3: 7."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, 2), nn.ConvTranspose2d(2, 2, 4, 2), nn.Conv2d(2, 1, 3))
+    assert receptive_fields(model, (1, 16, 16)) == {"0.weight": (3, 2), "1.weight": (5, 1), "2.weight": (7, 1)}
+
+
+def test_behind_global_pooling_every_position_sees_all_of_the_map():
+    """Squeeze and excitation: behind the gate a position sees all of the 8x8 map: 3 + 7."""
+
+    class Gate(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.gate, self.last = nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 2, 1), nn.Conv2d(2, 2, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x * self.gate(nn.functional.adaptive_avg_pool2d(x, 1)).sigmoid())
+
+    fields = receptive_fields(Gate(), (1, 8, 8))
+    assert fields == {"first.weight": (3, 1), "gate.weight": (10, 1), "last.weight": (10, 1)}
+
+
+def test_a_model_that_looks_at_values_is_followed_too():
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 5)
+
+        def forward(self, x):
+            return self.conv(x) if float(x.sum()) == 0 else x
+
+    assert receptive_fields(Looks(), (1, 8, 8)) == {"conv.weight": (5, 1)}
+
+
+def test_a_model_that_fails_on_the_size_says_so():
+    with pytest.raises(ConfigError, match="cannot be followed on the example") as error:
+        receptive_fields(nn.Sequential(nn.Conv2d(3, 4, 3)), (1, 8, 8))
+    assert error.value.code == "E121"
+
+
 def test_models_without_convolutions_have_none():
     assert receptive_fields(mlp((784, 10)), (1, 28, 28)) == {}
     assert receptive_fields(char_lstm(hidden=8), (80, 1)) == {}

@@ -1,5 +1,6 @@
 import inspect
 import pickle
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -150,6 +151,47 @@ def test_every_variant_takes_every_knob(name, stem, norm, shortcut, residual):
         dropout=0.1,
     )
     assert model(torch.empty(2, 1, 64, 64, device="meta")).shape == (2, 7)
+
+
+COMBINATIONS = list(product(("batch", "group", "none"), (True, False), (None, 40)))  # norm, residual, receptive field
+
+
+def placed(name, how):
+    """Channels per stage: doubling, all at their mean, or reversed."""
+    stages = sum(child.startswith("layer") for child, _ in on_meta(MODELS[name], width=1).named_children())
+    normal = tuple(8 * 2**stage for stage in range(stages))
+    mean = round(sum(normal) / stages)
+    return {"normal": normal, "mean": (mean,) * stages, "anti": normal[::-1]}[how]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("stem", ["3x3", "7x7"])
+def test_width_placement_stem_norm_field_and_residual_are_orthogonal_on_every_variant(name, stem):
+    placements = cycle(placed(name, how) for how in ("normal", "mean", "anti"))
+    for widths, norm, residual, limit in zip(placements, *zip(*COMBINATIONS, strict=True), strict=False):
+        knobs = {"stem": stem, "norm": norm, "residual": residual, "receptive_field": limit}
+        model = on_meta(MODELS[name], 7, width=widths, stem_width=8, **knobs)
+        assert model(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 7)
+        stages = [child for part, child in model.named_children() if part.startswith("layer")]
+        assert tuple(stage[0].conv1.out_channels for stage in stages) == widths
+        assert model.conv1.kernel_size == ((3, 3) if stem == "3x3" else (7, 7))
+        assert any(isinstance(m, nn.MaxPool2d) for m in model) == (stem == "7x7")
+        norms = {type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.GroupNorm)}
+        assert norms == {"batch": {nn.BatchNorm2d}, "group": {nn.GroupNorm}, "none": set()}[norm]
+        blocks = [m for m in model.modules() if isinstance(m, BasicBlock | Bottleneck)]
+        assert all((block.shortcut is not None) == residual for block in blocks)
+        if (norm, residual) == ("batch", True):
+            largest = max(field.rf for field in receptive_fields(model, (3, 64, 64)).values())
+            assert limit is None or largest <= limit
+
+
+@pytest.mark.parametrize("name", ["resnet10", "resnet20", "resnet50"])
+@pytest.mark.parametrize("how", ["mean", "anti"])
+@pytest.mark.parametrize("shortcut", ["projection", "stage", "identity"])
+def test_placed_widths_train(name, how, shortcut):
+    model = MODELS[name](3, width=tuple(w // 4 for w in placed(name, how)), shortcut=shortcut, norm="group")
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_a_functions_signature_shows_its_own_defaults():

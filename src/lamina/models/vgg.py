@@ -26,6 +26,15 @@ Layout = Literal["vgg", "lips", "flare"]
 MULTIPLES = (1, 2, 4, 8, 8)  # channels of the five stages, in widths
 
 
+class VGG(nn.Sequential):
+    """What the functions below make."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels behind every convolution."""
+        return tuple(module.out_channels for module in self if isinstance(module, nn.Conv2d))
+
+
 def vgg11(
     num_classes: int = 10,
     *,
@@ -36,7 +45,7 @@ def vgg11(
     dense: Sequence[int] = (),
     dropout: float = 0.0,
     in_channels: int = 3,
-) -> nn.Sequential:
+) -> VGG:
     """Eight convolutions (1, 1, 2, 2, 2 per stage) and the classifier.
 
     Args:
@@ -64,7 +73,7 @@ def vgg16(
     dense: Sequence[int] = (),
     dropout: float = 0.0,
     in_channels: int = 3,
-) -> nn.Sequential:
+) -> VGG:
     """Thirteen convolutions (2, 2, 3, 3, 3 per stage); arguments as in `vgg11`."""
     return _vgg((2, 2, 3, 3, 3), num_classes, width, norm, groups, dense, dropout, in_channels)
 
@@ -78,7 +87,7 @@ def vgg19(
     dense: Sequence[int] = (),
     dropout: float = 0.0,
     in_channels: int = 3,
-) -> nn.Sequential:
+) -> VGG:
     """Sixteen convolutions (2, 2, 4, 4, 4 per stage); arguments as in `vgg11`."""
     return _vgg((2, 2, 4, 4, 4), num_classes, width, norm, groups, dense, dropout, in_channels)
 
@@ -93,7 +102,7 @@ def _vgg(
     dropout: float,
     in_channels: int,
     paired: bool = False,
-) -> nn.Sequential:
+) -> VGG:
     one_of("norm", norm, get_args(Norm))
     whole("num_classes", num_classes)
     whole("width", width)
@@ -124,4 +133,4 @@ def _vgg(
             layers[f"fc_drop{i}"] = nn.Dropout(dropout)
         inputs = outputs
     layers["fc"] = nn.Linear(inputs, num_classes)
-    return nn.Sequential(layers)
+    return VGG(layers)
