@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import gc
+import itertools
 import json
 import os
 import shutil
@@ -137,6 +139,41 @@ def test_a_disk_that_fails_leaves_the_earlier_checkpoints_and_nothing_else(
     assert not [name for name in names(tmp_path) if name.startswith(".")]
     assert checkpoint.intact(tmp_path / "round-000001")
     assert all(checkpoint.intact(path) for path in checkpoint.committed(tmp_path))
+
+
+@pytest.mark.parametrize("step", range(9))
+def test_a_disk_that_fails_leaves_the_rows_on_disk_that_earlier_checkpoints_need(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The n-th flush fails: the log, what the store keeps for checkpoints and its folder, four files, the checkpoint's
+    folder; and the one above it after the rename. Then the process ends, and another goes on from what is there."""
+
+    def make() -> Federation:
+        return cases.federation(Scaffold(), "small", store=f"disk:{tmp_path / 'clients'}")
+
+    folder = tmp_path / "checkpoints"
+    expected = [cases.everything(state) for state in cases.states(cases.federation(Scaffold(), "small"), 3)]
+    first, second = cases.states(make(), 2)
+    checkpoint.commit(first, folder)
+    calls = itertools.count()
+    sync = os.fsync
+
+    def failing(handle: int) -> None:
+        if next(calls) == step:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(StorageError, match="round 2") as caught:
+        checkpoint.commit(second, folder)
+    assert caught.value.code == "E401"
+    monkeypatch.undo()
+    del first, second, caught
+    gc.collect()
+    fed = make()
+    state, _ = checkpoint.read(folder / "round-000001", fed)
+    assert cases.everything(state) == expected[0]
+    assert [cases.everything(s) for s in cases.states(fed, 2, state)] == expected[1:]
 
 
 def test_what_a_crash_left_behind_is_ignored_and_replaced(tmp_path: Path) -> None:

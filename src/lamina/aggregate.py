@@ -39,7 +39,7 @@ class Mean:
         for name, x in content.items():
             old = sums.get(name)
             if x.dtype == torch.bool and tree != "buffers":
-                x = x.to(torch.float32)
+                x = x.to(torch.float64)
             if not x.is_floating_point():
                 sums[name] = x.clone() if old is None else torch.maximum(old, x)
             elif old is None:

@@ -3,10 +3,13 @@
     checkpoints/round-000012/{model,server,clients}.safetensors  state.json  MANIFEST.json
 
 Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept. No pickle.
+With Federation(store="disk:PATH") the clients' rows are on disk already: state.json says where, instead of
+clients.safetensors, and the store keeps them for as long as the checkpoint is there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,15 +22,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lamina.downlink import Change
 from lamina.errors import StorageError
 from lamina.federation import Federation, Observed, State
-from lamina.store import ClientStore, Row, Stored
+from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
 from lamina.tree import flatten, skeleton, unflatten
 
 _VERSION = 1
 _KEEP = 2
 _MANIFEST = "MANIFEST.json"
-_NAMES = {"model.safetensors", "server.safetensors", "clients.safetensors", "state.json"}
+_CLIENTS = "clients.safetensors"
+_NAMES = {"model.safetensors", "server.safetensors", "state.json"}
 
 
 def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -> Path:
@@ -43,6 +48,7 @@ def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -
     temporary = folder / f".round-{state.round:06d}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        state.clients.pin(final)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = _files(state)
@@ -64,6 +70,8 @@ def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -
     others = [path for path in committed(folder) if path != final]
     for old in others[: 1 - _KEEP]:
         shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):  # then rows are kept that nobody needs, until the next commit
+        state.clients.shelf.unpin(folder)
     return final
 
 
@@ -80,7 +88,8 @@ def latest(folder: Path) -> Path | None:
 def intact(path: Path) -> bool:
     try:
         hashes = json.loads((path / _MANIFEST).read_bytes())["sha256"]
-        return set(hashes) == _NAMES and all(_sha256((path / name).read_bytes()) == hashes[name] for name in _NAMES)
+        whole = set(hashes) - {_CLIENTS} == _NAMES
+        return whole and all(_sha256((path / name).read_bytes()) == sha256 for name, sha256 in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -89,7 +98,8 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
     """The state at `path` for this federation, and what was kept beside it.
 
     Raises:
-        StorageError: E404 when the files are damaged, E405 when they are of another model or method.
+        StorageError: E404 when the files are damaged, E405 when they are of another model or method, or rely on
+            another store on disk.
     """
     if not intact(path):
         raise StorageError(
@@ -111,7 +121,10 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
             like, document["server"], _part(_load(path / "server.safetensors"), "server") | document["numbers"]
         )
         observed = Observed(_like(fed.initial.params, _part(model, "reference")), document["elapsed"])
-        clients = _clients(document, _load(path / "clients.safetensors"), fed)
+        clients = _clients(document, path, fed)
+        change = document.get("change")
+        if change is not None:
+            change = Change(**change)._replace(step=_like(fed.initial.params, _part(model, "change")))
     except (KeyError, ValueError, TypeError, SafetensorError) as error:
         raise StorageError(f"{path.name} is of another kind of run: {error!r}", code="E405", where=str(path)) from error
     mine = _form(fed.initial.params | fed.initial.buffers)
@@ -123,8 +136,9 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         )
         raise StorageError(message, code="E405", where=str(path))
     state = State(
-        params, buffers, server, clients, document["round"], document["bytes_up"], document["bytes_down"], observed
-    )
+        params, buffers, server, clients, document["round"], document["bytes_up"], document["bytes_down"], observed,
+        change,
+    )  # fmt: skip
     return state, document["extra"]
 
 
@@ -135,15 +149,13 @@ def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _files(state: State) -> dict[str, bytes]:
     model = {f"params/{n}": x for n, x in state.params.items()} | {f"buffers/{n}": x for n, x in state.buffers.items()}
     model |= {f"reference/{n}": x for n, x in state.observed.reference.items()}
+    if state.change is not None:
+        model |= {f"change/{n}": x for n, x in state.change.step.items()}
     server = {f"server/{n}": x for n, x in flatten(state.server).items() if isinstance(x, Tensor)}
-    clients: dict[str, Tensor] = {}
-    for c in state.clients:
-        row = state.clients.get(c).row
-        clients |= {f"{c}/{n}": x for n, x in flatten(row).items()}
-    return {
-        f"{name}.safetensors": save(_apart(tensors))
-        for name, tensors in (("model", model), ("server", server), ("clients", clients))
-    }
+    parts = {"model.safetensors": model, "server.safetensors": server}
+    if not isinstance(state.clients.shelf, Disk):
+        parts[_CLIENTS] = {f"{c}/{n}": x for c in state.clients for n, x in flatten(state.clients.get(c).row).items()}
+    return {name: save(_apart(tensors)) for name, tensors in parts.items()}
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,13 +172,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _document(state: State) -> dict[str, Any]:
     held: list[dict[str, int]] = []  # a cohort shares one table of tags: each is written once
     places: dict[int, int] = {}
+    entries = {c: state.clients.entry(c) for c in state.clients}
+    shelf = state.clients.shelf
+    on_disk = shelf.document({c: entry.place for c, entry in entries.items()}) if isinstance(shelf, Disk) else None
     clients = {}
-    for c in state.clients:
-        stored = state.clients.get(c)
-        if id(stored.held) not in places:
-            places[id(stored.held)] = len(held)
-            held.append(stored.held)
-        clients[str(c)] = [skeleton(stored.row), places[id(stored.held)], stored.accepted]
+    for c, (place, known, accepted) in entries.items():
+        if id(known) not in places:
+            places[id(known)] = len(held)
+            held.append(known)
+        clients[str(c)] = [None if on_disk is not None else skeleton(place), places[id(known)], accepted]
     return {
         "version": _VERSION,
         "round": state.round,
@@ -175,22 +189,38 @@ def _document(state: State) -> dict[str, Any]:
         "server": skeleton(state.server),
         "numbers": {n: x for n, x in flatten(state.server).items() if not isinstance(x, Tensor)},
         "elapsed": state.observed.elapsed,
+        "change": state.change and state.change._replace(step={})._asdict(),
         "held": held,
         "clients": clients,
+        "rows": on_disk,
     }
 
 
-def _clients(document: Mapping[str, Any], tensors: Mapping[str, Tensor], fed: Federation) -> ClientStore:
+def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> ClientStore:
+    shelf: Shelf = MEMORY
+    if document.get("rows") is None:
+        places: dict[int, Any] = _rows(document, _load(path / _CLIENTS), fed)
+    elif isinstance(fed.store.shelf, Disk):
+        shelf, places = fed.store.shelf, fed.store.shelf.places(document["rows"])
+    else:
+        raise StorageError(
+            f"the clients' states of {path.name} are not in it but in a store on disk",
+            code="E405",
+            where=str(path),
+            remedy="Federation(..., store='disk:PATH') with the path that the run had",
+        )
+    clients = {int(c): (held, accepted) for c, (_, held, accepted) in document["clients"].items()}
+    tables = document["held"]
+    return ClientStore(shelf, {c: Entry(places[c], tables[held], accepted) for c, (held, accepted) in clients.items()})
+
+
+def _rows(document: Mapping[str, Any], tensors: Mapping[str, Tensor], fed: Federation) -> dict[int, Row | None]:
     like = Row(fed.method.init_client(fed.initial.params), {})
     leaves: dict[str, dict[str, Tensor]] = {}
     for key, x in tensors.items():
         client, _, name = key.partition("/")
         leaves.setdefault(client, {})[name] = x
-    rows = {}
-    for c, (shape, place, accepted) in document["clients"].items():
-        row = unflatten(like, shape, leaves.get(c, {}))
-        rows[int(c)] = Stored(row, document["held"][place], accepted)
-    return ClientStore(rows)
+    return {int(c): unflatten(like, shape, leaves.get(c, {})) for c, (shape, *_) in document["clients"].items()}
 
 
 def _like(model: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,8 @@ from lamina.wire import frame
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 BUFFERS = ("average", "keep", "skip")
-RESERVED = frozenset({"moments", "steps", "buffers", "shared", "score", "change"})  # trees and ledger rows of the engine's own
+# trees and ledger rows of the engine's own
+RESERVED = frozenset({"moments", "steps", "buffers", "shared", "score", "change"})
 
 
 @dataclass(frozen=True)

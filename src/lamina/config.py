@@ -41,6 +41,7 @@ from lamina.method import Chain, FedAvg, Method
 from lamina.methods import METHODS
 from lamina.models import MODELS
 from lamina.settings import PARTS, SECTIONS, Key, Values, collect, merged
+from lamina.store import expect_kind
 
 CENTRALISED = "centralised"  # no method: all examples with one client, the point of reference
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -94,6 +95,7 @@ class Config(BaseModel):
     diagnostics: bool = True
     accuracy_before: bool = False
     through_bytes: bool = False
+    store: str = "memory"
     model: Part
     data: Part
     method: tuple[Part, ...]
@@ -119,13 +121,13 @@ class Config(BaseModel):
     @property
     def sha256(self) -> str:
         """Of all keys that can change the result."""
-        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers"})
+        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "store"})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
     def fixed(self) -> dict[str, Any]:
         """Key -> value of all that must stay as it was in a run that has begun; an entry without its folder."""
-        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "rounds"})
+        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "store", "rounds"})
         return {key: short(value) if is_entry(value) else value for key, value in _leaves(tree)}
 
     @property
@@ -270,6 +272,7 @@ def _resolve(values: Values) -> Config:
     _codec(config, "downlink")
     local_of(config)
     loss_of(config)
+    expect_kind(config.store, config.origin("store"))
     return config
 
 
@@ -508,6 +511,7 @@ def build(config: Config, progress: Callable[[str, str, int, int], None] | None 
             diagnostics=config.diagnostics,
             accuracy_before=config.accuracy_before,
             through_bytes=config.through_bytes,
+            store=config.store,
         )
     except ConfigError as error:
         section = (error.where or "").split(".")[0]

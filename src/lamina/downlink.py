@@ -3,11 +3,15 @@
 Every value has a tag, a 64-bit hash of its bytes at the server, like the ETag of a web page. A client's row keeps the
 tags of what it was last sent; what differs is what it lacks. So a layer nobody touched costs nothing, a newcomer pays
 in full, and nothing has to be kept in step with a checkpoint: tags are recomputed from the values.
+
+A codec that replaces values (TopK, RandomK, sign) cannot code parameters. It codes the server's last *step* instead,
+for clients that hold the parameters from before it; any other is sent them as they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +22,32 @@ from lamina import wire
 from lamina.errors import RunError
 from lamina.method import Plan
 from lamina.store import Held
-from lamina.tree import Message
+from lamina.tree import Message, Params
 from lamina.wire import frame
 
 _RAW = wire.Dense()
+_CHANGE = "change"  # the tree, and what a client lacks, when the last step is all it needs of the parameters
+
+
+class Change(NamedTuple):
+    """The server's last step on its way down."""
+
+    base: Held  # "params/name" -> tag before the step
+    step: Params  # before it is coded
+    seed: int
+    round: int  # in which it was made
+
+    def coded(self, codec: wire.Codec, schema: wire.Schema, mask: Params | None) -> tuple[Params, wire.Size]:
+        """What every receiver adds to the parameters, and its bytes."""
+        return codec.transmit(self.step, self.context(schema, mask))
+
+    def context(self, schema: wire.Schema, mask: Params | None) -> wire.Context:
+        return wire.Context(schema, mask, None, self.seed, "downlink", self.round)
+
+
+def codes_values(codec: wire.Codec) -> bool:
+    """Whether a codec may code parameters: it brings every one near its value."""
+    return isinstance(codec, wire.Dense) and codec.values != "sign"
 
 
 class Broadcast:
@@ -32,15 +58,19 @@ class Broadcast:
         tags: "tree/name" -> tag of the server's value.
     """
 
-    def __init__(self, plan: Plan, codec: wire.Codec, schema: wire.Schema, through_bytes: bool):
-        self._codec = codec
+    def __init__(
+        self, plan: Plan, codec: wire.Codec, schema: wire.Schema, through_bytes: bool, change: Change | None = None
+    ):
+        self._codec = codec if codes_values(codec) else _RAW
+        self._step_codec = codec
+        self._change = change
         self._schema = schema
         self._through_bytes = through_bytes
         self._server = plan
         self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
         self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
-        exact = codec.lossless and plan.mask is None
-        params = plan.params if exact else codec.transmit(plan.params, self._context("params"))[0]
+        exact = self._codec.lossless and plan.mask is None
+        params = plan.params if exact else self._codec.transmit(plan.params, self._context("params"))[0]
         # A client knows what travels: not the seed, from which only server hooks draw.
         self.plan = replace(plan, params=params, seed=0)
         if through_bytes:
@@ -48,7 +78,12 @@ class Broadcast:
         self._known: dict[tuple[str, ...], dict[str, wire.Size]] = {}
 
     def lacking(self, held: Held) -> tuple[str, ...]:
-        return tuple(key for key, tag in self.tags.items() if held.get(key) != tag)
+        lacking = tuple(key for key, tag in self.tags.items() if held.get(key) != tag)
+        if self._change is None or not any(key.startswith("params/") for key in lacking):
+            return lacking
+        if any(held.get(key) != tag for key, tag in self._change.base.items()):
+            return lacking
+        return (_CHANGE, *(key for key in lacking if not key.startswith("params/")))
 
     def sizes(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
         """Exact bytes, tree by tree, of the plan for a client that lacks these; "" is the frame."""
@@ -70,11 +105,17 @@ class Broadcast:
         sizes = {}
         for tree in self._parts(lacking):
             decoded = self._coder(tree).decode(arrived.sections[tree], self._context(tree))
-            truth = self.plan.params if tree == "params" else self._trees[tree]
+            truth = self._truth(tree)
             if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
                 raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
             sizes[tree] = wire.layout(arrived.sections[tree], self._context(tree))
         return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()), {})}
+
+    def _truth(self, tree: str) -> Params:
+        """What every client is said to hold."""
+        if tree == _CHANGE and self._change is not None:
+            return self._change.coded(self._step_codec, self._schema, self._server.mask)[0]
+        return self.plan.params if tree == "params" else self._trees[tree]
 
     def _decoded(self) -> Plan:
         """The plan as a newcomer reads it from bytes."""
@@ -114,12 +155,16 @@ class Broadcast:
             tree: {name: x for name, x in content.items() if f"{tree}/{name}" in wanted}
             for tree, content in self._trees.items()
         }
+        if _CHANGE in wanted and self._change is not None:
+            parts[_CHANGE] = self._change.step
         return {tree: content for tree, content in parts.items() if content}
 
     def _coder(self, tree: str) -> wire.Codec:
-        return self._codec if tree == "params" else _RAW
+        return {"params": self._codec, _CHANGE: self._step_codec}.get(tree, _RAW)
 
     def _context(self, tree: str) -> wire.Context:
+        if tree == _CHANGE and self._change is not None:
+            return self._change.context(self._schema, self._server.mask)
         schema = self._schema if tree == "params" else wire.schema_of(self._trees[tree])
         return wire.Context(schema, self._server.mask if tree == "params" else None)
 

@@ -24,7 +24,7 @@ from lamina.aggregate import Mean, total
 from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addressed_rng
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
-from lamina.downlink import Broadcast, tag
+from lamina.downlink import Broadcast, Change, codes_values, tag
 from lamina.engine.base import Engine, Kind, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
@@ -33,7 +33,7 @@ from lamina.method import FedAvg, Method, Plan, Task
 from lamina.preflight import ready
 from lamina.random import address
 from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
-from lamina.store import ClientStore, Stored
+from lamina.store import ClientStore, Row, Stored, empty_store, expect_kind
 from lamina.tree import Message, Params, add, squared_norm
 from lamina.wire import frame
 
@@ -79,6 +79,7 @@ class State:
     bytes_up: int = 0
     bytes_down: int = 0
     observed: Observed = field(default_factory=lambda: Observed({}, {}))
+    change: Change | None = None  # the last step, where it is what travels down
 
     def sha256(self) -> str:
         """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
@@ -111,9 +112,11 @@ class Federation:
         accuracy_before: test every client's model before aggregation too, in rounds that are evaluated; costs an
             evaluation per client, on no wire.
         through_bytes: really encode and decode every plan, message and client state. Slower; changes nothing else.
+        store: where the clients' states are between rounds: "memory", or "disk:PATH" (from the working directory).
 
     Raises:
         ConfigError: a value out of range, parts that do not fit, or a model that fails on a batch of the data (E121).
+        StorageError: what the store's path holds is damaged (E404), or of another model or method (E405).
     """
 
     def __init__(
@@ -137,6 +140,7 @@ class Federation:
         diagnostics: bool = True,
         accuracy_before: bool = False,
         through_bytes: bool = False,
+        store: str = "memory",
     ):
         _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
         _expect_a("method", method, Method, "lamina.FedAvg()")
@@ -149,6 +153,7 @@ class Federation:
         expect(buffers in BUFFERS, f"buffers={buffers!r}: expected one of {', '.join(BUFFERS)}", where="buffers")
         expect(aggregate == "mean", f"aggregate={aggregate!r}: expected 'mean'", where="aggregate")
         expect(is_whole(seed, 0), f"seed={seed!r}: expected a whole number >= 0", where="seed")
+        expect_kind(store)
         self.data = data
         self.local = local or LocalSGD()
         self.weights = weights
@@ -157,7 +162,7 @@ class Federation:
             expect(callable(metric), f"metrics[{name!r}]={metric!r}: expected a function (outputs, targets) -> number")
         self.seed = seed
         self.uplink = uplink or wire.Dense()
-        self.downlink = _downlink(downlink or wire.Dense())
+        self.downlink = _downlink(downlink or wire.Dense(), method)
         self.buffers = buffers
 
         with addressed_rng(seed, "model"):
@@ -185,6 +190,8 @@ class Federation:
         )
         buffers_now = {n: b.clone() for n, b in self._trainer.buffers.items()}
         self.initial = Initial(self._trainer.snapshot(), buffers_now)
+        like = Row(self.method.init_client(self.initial.params), {})
+        self.store = empty_store(store, self.initial.params | buffers_now, like, data.names)
         self._schema = wire.schema_of(self.initial.params)
         self._sizes = data.sizes.tolist()
         self.engine, self.workers, self.engine_reason = engines.choose(engine, self.cohort, workers)
@@ -226,7 +233,8 @@ class Federation:
         params, buffers = self.initial
         server = self.method.init(params)
         books = _Books()
-        store = ClientStore()
+        self.store.shelf.begin()
+        store = self.store
         mean: Message = {}
         if self.method.has("probe"):
             everyone = tuple(range(len(self.data)))
@@ -241,8 +249,7 @@ class Federation:
                 )
         params, server = self.method.setup(server, params, mean)
         if mean:  # who has answered the probe holds the initial model, from which a mask makes the new one
-            tags = {f"params/{name}": tag(x) for name, x in params.items()}
-            store = store.updated({c: store.get(c)._replace(held=store.get(c).held | tags) for c in store})
+            store = store.told({f"params/{name}": tag(x) for name, x in params.items()})
         return State(params, buffers, server, store), books
 
     def round(
@@ -252,10 +259,10 @@ class Federation:
         began = time.perf_counter()
         t = state.round
         with threads(1 if engine.name != "threads" else engines.cores()):
-            cohort = draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
+            cohort = self._drawn(t)
             lr = self.local.rate(t, horizon)
             plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, len(cohort)))
-            broadcast = self._broadcast(plan)
+            broadcast = self._broadcast(plan, state.change)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             kind: Kind = "judged" if evaluating and self._judges else "round"
             mean, store = self._collect(kind, engine, broadcast, order, state.clients, books)
@@ -270,12 +277,18 @@ class Federation:
             seen = mean
             truth = replace(plan, params=state.params, participation=books.accepted / len(self.data))
             mean, server = self.method.step(state.server, truth, mean)
+            change = None
+            if not codes_values(self.downlink):
+                base = {key: known for key, known in broadcast.tags.items() if key.startswith("params/")}
+                change = Change(base, mean["update"], self.seed, t)
+                mean = {**mean, "update": change.coded(self.downlink, self._schema, plan.mask)[0]}
+                server = self.method.absorb(server, {"update": change.step}, {"update": mean["update"]})
             params = state.params | add(mean["update"], state.params)
             buffers = state.buffers | mean.get("buffers", {})
             observed, layers = self._observe(state, plan, seen, params, books)
         new = State(
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
-            state.bytes_down + books.down.total(), observed,
+            state.bytes_down + books.down.total(), observed, change,
         )  # fmt: skip
         result = self.evaluate(new, engine) if evaluating else Evaluation(None, None, {}, None)
         seconds = time.perf_counter() - began
@@ -325,13 +338,17 @@ class Federation:
         if tests is not None or ("personal" in (self.method.withholds or "") and score is not None):
             plan = self._broadcast(self.method.plan(state.server, plan)).plan  # as clients would decode it
             having = [c for c, name in enumerate(self.data.names) if tests is None or name in tests]
-            rows = {c: row for c in having if (row := state.clients.get(c).row) is not None}
-            scores = [score_of(reply).accuracy for reply in engine.replies("personal", plan, having, rows)]
+            replies = engine.replies("personal", plan, having, state.clients.rows)
+            scores = [score_of(reply).accuracy for reply in replies]
             known = [accuracy for accuracy in scores if accuracy is not None]
             personal = total(known) / len(known) if known else None
         if score is None:
             return Evaluation(None, None, metrics, personal)
         return Evaluation(score.accuracy, score.loss / score.examples, metrics, personal)
+
+    def _drawn(self, t: int) -> tuple[int, ...]:
+        """The cohort of round t."""
+        return draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
 
     def _plan(self, params: Params, buffers: Params, t: int, lr: float, cohort: int) -> Plan:
         return Plan(
@@ -344,8 +361,8 @@ class Federation:
             participation=cohort / len(self.data),
         )
 
-    def _broadcast(self, plan: Plan) -> Broadcast:
-        return Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes)
+    def _broadcast(self, plan: Plan, change: Change | None = None) -> Broadcast:
+        return Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes, change)
 
     def _collect(
         self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
@@ -360,17 +377,18 @@ class Federation:
         uniform = Mean(total(even for _ in order))
         phase = "probe" if kind == "probe" else "round"
         weighing = {"moments": "update"}  # a tree whose weights are those of another
-        stored = {c: store.get(c) for c in order}
-        rows = {c: s.row for c, s in stored.items() if s.row is not None}
-        changed: dict[int, Stored] = {}
-        for reply in engine.replies(kind, broadcast.plan, order, rows):
+        if kind != "probe":
+            store.will_need({*self._drawn(broadcast.plan.round + 1)} - {*order})  # while this cohort trains
+        writer = store.writing()
+        for reply in engine.replies(kind, broadcast.plan, order, store.rows):
             c = reply.client
-            lacking = broadcast.lacking(stored[c].held)
-            down = books.sent(phase, "down", broadcast.sizes(lacking, stored[c].accepted))
+            before = store.entry(c)
+            lacking = broadcast.lacking(before.held)
+            down = books.sent(phase, "down", broadcast.sizes(lacking, before.accepted))
             up = books.sent(phase, "up", reply.sizes)
             books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
             if reply.refused is not None:
-                changed[c] = stored[c]._replace(held=broadcast.tags)
+                writer.tell(c, broadcast.tags)
                 continue
             for tree, content in reply.message.items():
                 if tree == "score":
@@ -381,8 +399,8 @@ class Federation:
                     mean.add(tree, content, shares[c])
             if kind != "probe":
                 books.count(reply.sizes["update"].entries, shares[c])
-            changed[c] = Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1)
-        return mean.result() | uniform.result(), store.updated(changed)
+            writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
+        return mean.result() | uniform.result(), writer.done()
 
     def _observe(
         self, state: State, plan: Plan, mean: Message, params: Params, books: _Books
@@ -450,7 +468,7 @@ class _Books:
         rows = self.up if direction == "up" else self.down
         total = 0
         for tree, size in sizes.items():
-            if tree in ("update", "params"):
+            if tree in ("update", "params", "change"):
                 for layer, n in size.rows.items():
                     rows[phase, layer] += n
                 rows[phase, "_shared"] += size.shared
@@ -507,6 +525,7 @@ def run(
         warnings.warn(f"{fed.method!r} plans {planned} rounds, this run has {horizon}", stacklevel=2)
     if state is not None:
         _expect_own(fed, state)
+        state = replace(state, clients=state.clients.on(fed.store.shelf))
     engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup)
     try:
         books = _Books()
@@ -587,13 +606,14 @@ def _cohort(cohort: int | str, clients: int) -> int:
     return cohort
 
 
-def _downlink(codec: wire.Codec) -> wire.Codec:
-    allowed = ("fp32", "lossless", "fp16", "bf16", "int8")
-    if isinstance(codec, wire.Dense) and codec.values in allowed:
+def _downlink(codec: wire.Codec, method: Method[Any, Any] | None) -> wire.Codec:
+    coder = not isinstance(codec, type) and hasattr(codec, "transmit")
+    if codes_values(codec) or (coder and method is not None and method.has("absorb")):
         return codec
     raise ConfigError(
-        f"downlink={codec!r}: expected Dense with values in {', '.join(allowed)}",
+        f"downlink={codec!r}: expected Dense with values in fp32, lossless, fp16, bf16, int8",
         code="E113",
         where="downlink",
-        remedy="the downlink codes parameters, not updates: sparse or one-bit values would replace the model itself",
+        remedy="the downlink codes parameters, not updates: sparse or one-bit values would replace the model itself. "
+        "lamina.STC sends the server's step instead, and keeps what such a codec loses",
     )

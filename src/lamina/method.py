@@ -113,6 +113,8 @@ class Method(Generic[S, C]):
     compensates: bool = False  # it keeps what the uplink lost, and sends it later
     masks: Literal["fixed", "server", "clients"] | None = None  # it sets plan.mask; who changes that, if anybody
     measures: bool = False  # its `step` reads the mean update
+    shocks: bool = False  # some rounds start from a model that is not the global one
+    controls: bool = False  # it corrects the clients' drift by what it knows of their gradients
     task: Task  # set by bind
 
     def bind(self, task: Task) -> Self:
@@ -159,6 +161,11 @@ class Method(Generic[S, C]):
         """Server: how to learn."""
         return mean, server
 
+    def absorb(self, server: S, sent: Message, received: Message) -> S:
+        """Server, after `step`, where the downlink codes the step itself: what was lost on the way down. A method with
+        this hook allows such a downlink (TopK, RandomK, sign)."""
+        return server
+
     def observe(self, server: S) -> Mapping[str, Mapping[str, float]]:
         """For the records only: column -> layer -> number, e.g. the interval of each layer."""
         return {}
@@ -202,6 +209,8 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
         self.compensates = any(m.compensates for m in flat)
         self.masks = next((m.masks for m in flat if m.masks is not None), None)
         self.measures = any(m.measures for m in flat)
+        self.shocks = any(m.shocks for m in flat)
+        self.controls = any(m.controls for m in flat)
 
     def __repr__(self) -> str:
         return f"Chain({', '.join(map(repr, self.methods))})"
@@ -275,6 +284,9 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
             mean, state = m.step(s, plan, mean)
             states.append(state)
         return mean, tuple(states)
+
+    def absorb(self, server: tuple[Any, ...], sent: Message, received: Message) -> tuple[Any, ...]:
+        return tuple(m.absorb(s, sent, received) for m, s in zip(self.methods, server, strict=True))
 
     def observe(self, server: tuple[Any, ...]) -> Mapping[str, Mapping[str, float]]:
         columns: dict[str, Mapping[str, float]] = {}
@@ -368,6 +380,14 @@ def _reads_mean(m: Method[Any, Any]) -> bool:
     return m.measures or m.needs_moments
 
 
+def _controls(m: Method[Any, Any]) -> bool:
+    return m.controls
+
+
+def _absorbs(m: Method[Any, Any]) -> bool:
+    return m.has("absorb")
+
+
 _REFUSED: tuple[tuple[_Is, _Is, str], ...] = (
     (_alone, _anything, "it shares nothing that another method could act on"),
     (_waits, _recycles, "they cannot decide about the same layers: one that waits keeps training, one that is recycled "
@@ -379,9 +399,18 @@ _REFUSED: tuple[tuple[_Is, _Is, str], ...] = (
     (_encodes, _encodes, "both put a code in the place of the update: use one"),
     (_encodes, _reads_spread, "the spread of the codes that one sends is not that of the updates, which the other "
      "measures"),
+    (_controls, _controls, "both correct the same drift, and each would take the other's correction for a gradient"),
+    (_encodes, lambda m: m.shocks, "after a shock an update begins with what was pruned, which is no sum of gradients "
+     "and must not be divided or remembered like one"),
+    (_encodes, lambda m: m.masks == "clients", "what a client prunes is no sum of gradients and must not be divided or "
+     "remembered like one"),
+    (_encodes, lambda m: m.compensates and m.has("correct"), "its pull is in units of weights, the residual would be "
+     "in those of the code"),
     (_masks, _masks, "both set the mask: use one"),
     (_moves_mask, _waits, "the mask would change under layers that wait at the clients"),
     (_moves_mask, _recycles, "a recycled update would fall outside a mask that has changed"),
+    (_moves_mask, _absorbs, "what is pruned must arrive at once, not when its turn comes on a sparse downlink"),
+    (_absorbs, _absorbs, "both would send down again what the downlink lost: use one"),
     (lambda m: m.masks == "clients", _compensates, "what a client prunes must arrive at once, not with a later round"),
 )  # fmt: skip
 
@@ -390,5 +419,13 @@ _ORDER: tuple[tuple[_Is, _Is, str], ...] = (  # (must stand later, must stand ea
     (_compensates, _encodes, "what the uplink loses is counted in the units that travel"),
     (_reads_mean, _encodes, "it reads the mean update, which the other recovers from what is sent"),
     (_optimises, _encodes, "it steps by the mean update, which the other recovers from what is sent"),
+    (_moves_mask, _controls, "a control remembers entries that the mask has dropped since, and would move them"),
+    (_absorbs, _optimises, "the optimiser's step is what travels down"),
+    (_absorbs, _reads_mean, "it adds what the downlink lost to the mean update, which the other reads"),
+    (
+        lambda m: m.masks == "server",
+        _encodes,
+        "it prunes the model that the mean update leads to, which the other recovers from what is sent",
+    ),
     (lambda m: m.masks == "server", _optimises, "an optimiser would fill again what was pruned"),
 )

@@ -1,0 +1,83 @@
+"""Files that are there whole or not at all, and that notice when a bit has flipped."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from lamina.errors import StorageError
+from lamina.store.segment import damaged
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """With a checksum in front: in plain JSON a flipped bit may read as another number."""
+    text = json.dumps(document, indent=1).encode()
+    return b"%s\n%s\n" % (xxhash.xxh3_64_hexdigest(text).encode(), text)
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    try:
+        seal, _, text = path.read_bytes().partition(b"\n")
+        if seal != xxhash.xxh3_64_hexdigest(text.removesuffix(b"\n")).encode():
+            raise ValueError("it does not match its checksum")
+        document: dict[str, Any] = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    return document
+
+
+def replace(path: Path, blob: bytes) -> None:
+    """The old content or the new, never something between; and the names in its folder are durable."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(blob)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    if os.name == "posix":
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise StorageError(
+            f"a client's state cannot be stored: {error.strerror or error}",
+            code="E401",
+            where=str(path),
+            remedy=f"{'make room' if full else 'make it writable'}; what was checkpointed is intact",
+        ) from error
+
+
+if sys.platform == "win32":
+
+    def locked(handle: int) -> bool:
+        return True
+
+else:
+    import fcntl
+
+    def locked(handle: int) -> bool:
+        """Whether this process has the file now; the system lets go when it ends. Workers do not inherit this."""
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError:
+            pass  # a file system without locks
+        return True
