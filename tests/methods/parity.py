@@ -83,23 +83,25 @@ def from_scratch(loop, model, clients, *, cohort="all", rounds=ROUNDS, **setting
     return loop(model, clients, rounds=rounds, participants=participants, seed=SEED, **settings)
 
 
-def assert_equal_rounds(ours, theirs, dtype):
+def assert_equal_rounds(ours, theirs, dtype, tolerance=None):
     assert len(ours) == len(theirs) == ROUNDS
     for t, ((state, _), expected) in enumerate(zip(ours, theirs, strict=True)):
         actual = {**state.params, **state.buffers}
         assert actual.keys() == expected.keys()
         for name, x in actual.items():
             assert x.dtype == expected[name].dtype
+            close = (tolerance or TOLERANCE[dtype]) if x.is_floating_point() else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(
-                x, expected[name], **TOLERANCE[dtype] if x.is_floating_point() else {"rtol": 0, "atol": 0},
+                x, expected[name], **close,
                 msg=lambda text, t=t, name=name: f"round {t}, {name}: {text}",
             )  # fmt: skip
 
 
-def compare(method, loop, model, clients, dtype, *, uplink=None, downlink=None, mine=None, **settings):
+def compare(method, loop, model, clients, dtype, *, uplink=None, downlink=None, mine=None, tolerance=None,
+            **settings):  # fmt: skip
     """`mine`: the method's own settings, by the names of the plain loop."""
     ours = with_lamina(method, model, clients, uplink=uplink, downlink=downlink, **settings)
     theirs = from_scratch(loop, model, clients, **settings, **(mine or {}))
-    assert_equal_rounds(ours, theirs, dtype)
+    assert_equal_rounds(ours, theirs, dtype, tolerance)
     assert any(not torch.equal(x, model.state_dict()[name]) for name, x in ours[-1][0].params.items())
     return ours
