@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lamina import (
+    DGC,
+    EF21,
+    FLARE,
+    LIPS,
+    SSFL,
+    STC,
     Chain,
     ClientData,
     ErrorFeedback,
@@ -21,23 +27,29 @@ from lamina import (
     FedAdam,
     FedAvg,
     FedAvgM,
+    FedDST,
+    FedDyn,
     Federation,
     FedLAMA,
+    FedLUAR,
+    FedNova,
     FedProx,
     FedYogi,
     LocalOnly,
     LocalSGD,
-    Message,
+    MagnitudePruning,
     Method,
     Params,
+    Personal,
     Plan,
+    RandomMask,
     RoundRecord,
     Scaffold,
     State,
     wire,
 )
 from lamina.models import mlp
-from lamina.tree import flatten, top_fraction
+from lamina.tree import flatten, scale
 
 Factory = Callable[[], Method[Any, Any]]
 
@@ -45,12 +57,25 @@ METHODS: dict[str, Factory] = {
     "fedavg": FedAvg,
     "fedprox": lambda: FedProx(mu=0.1),
     "scaffold": Scaffold,
+    "stc": STC,
     "fedavgm": FedAvgM,
     "fedadagrad": FedAdagrad,
     "fedadam": FedAdam,
     "fedyogi": FedYogi,
     "errorfeedback": ErrorFeedback,
+    "ef21": EF21,
+    "dgc": DGC,
+    "flare": lambda: FLARE(steps=2),
     "fedlama": lambda: FedLAMA(phi=3),
+    "fedluar": FedLUAR,
+    "fednova": FedNova,
+    "feddyn": lambda: FedDyn(alpha=0.1),
+    "lips": lambda: LIPS(density=0.3, every=2, rounds=5),
+    "personal": Personal,
+    "ssfl": SSFL,
+    "randommask": lambda: RandomMask(density=0.4),
+    "feddst": lambda: FedDST(density=0.4, every=2, ratio=0.5, until=10),
+    "magnitudepruning": lambda: MagnitudePruning(density=0.3, end=4, every=2),
     "localonly": LocalOnly,
 }
 
@@ -59,15 +84,48 @@ NEUTRAL: dict[str, Factory] = {
     "fedprox": lambda: FedProx(mu=0.0),
     "fedavgm": lambda: FedAvgM(lr=1.0, momentum=0.0),
     "errorfeedback": ErrorFeedback,
+    "dgc": DGC,  # with any momentum
+    "flare": FLARE,  # with any pull
+    "stc": STC,
     "fedlama": lambda: FedLAMA(phi=1),
+    "fedluar": lambda: FedLUAR(recycle=0),
+    "lips": lambda: LIPS(density=1.0),
+    "ssfl": lambda: SSFL(density=1.0, score="random"),  # by saliency it is FedAvg too, but for the probe
+    "randommask": lambda: RandomMask(density=1.0),
+    "feddst": lambda: FedDST(density=1.0, every=1),
+    "magnitudepruning": lambda: MagnitudePruning(density=1.0, end=2, every=1),
     "fedprox, fedlama": lambda: Chain(FedProx(mu=0.0), FedLAMA(phi=1)),
+    "lips, fedlama": lambda: Chain(LIPS(density=1.0), FedLAMA(phi=1)),
     "errorfeedback, fedlama, fedavgm": lambda: Chain(ErrorFeedback(), FedLAMA(phi=1), FedAvgM(lr=1.0, momentum=0.0)),
 }
 
 CHAINS: dict[str, Factory] = {
+    "ef21, fedadam": lambda: Chain(EF21(), FedAdam()),
+    "dgc, fedlama": lambda: Chain(DGC(), FedLAMA(phi=2)),
+    "flare, fedlama": lambda: Chain(FLARE(), FedLAMA(phi=2)),
     "fedprox, fedlama": lambda: Chain(FedProx(mu=0.1), FedLAMA(phi=3)),
+    "fedluar, fedadam": lambda: Chain(FedLUAR(), FedAdam()),
+    "errorfeedback, fedluar": lambda: Chain(ErrorFeedback(), FedLUAR()),
+    "fednova, fedluar, fedavgm": lambda: Chain(FedNova(), FedLUAR(), FedAvgM()),
     "fedlama, fedadam": lambda: Chain(FedLAMA(phi=2), FedAdam()),
+    "fedlama, stc": lambda: Chain(FedLAMA(phi=2), STC()),
+    "fedavgm, stc": lambda: Chain(FedAvgM(), STC()),
     "fedlama, scaffold": lambda: Chain(FedLAMA(phi=3), Scaffold()),
+    "fedlama, feddyn": lambda: Chain(FedLAMA(phi=2), FedDyn(alpha=0.1)),
+    "lips, fedlama": lambda: Chain(LIPS(density=0.3, every=2, rounds=5), FedLAMA(phi=2)),
+    "lips, errorfeedback": lambda: Chain(LIPS(density=0.3, every=2, rounds=5, norm_sync="local"), ErrorFeedback()),
+    "personal, fedlama": lambda: Chain(Personal(("norm", "head")), FedLAMA(phi=2)),
+    "ssfl, fedlama": lambda: Chain(SSFL(), FedLAMA(phi=2)),
+    "ssfl, fedlama, fedadam": lambda: Chain(SSFL(), FedLAMA(phi=2), FedAdam()),
+    "ssfl, errorfeedback": lambda: Chain(SSFL(), ErrorFeedback()),
+    "ssfl, errorfeedback, fedlama, fedavgm": lambda: Chain(SSFL(), ErrorFeedback(), FedLAMA(phi=2), FedAvgM()),
+    "ssfl, flare": lambda: Chain(SSFL(), FLARE(steps=2)),
+    "scaffold, ssfl": lambda: Chain(Scaffold(), SSFL(score="random_layerwise")),
+    "randommask, fedluar": lambda: Chain(RandomMask(density=0.4), FedLUAR()),
+    "fedprox, feddst": lambda: Chain(FedProx(mu=0.1), FedDST(density=0.4, every=2, ratio=0.5, layout="uniform")),
+    "fedadam, magnitudepruning": lambda: Chain(
+        FedAdam(), MagnitudePruning(density=0.3, start=1, end=3, every=1, scope="global")
+    ),
     "errorfeedback, fedavgm": lambda: Chain(ErrorFeedback(), FedAvgM()),
     "fedprox, errorfeedback, fedlama, fedyogi": lambda: Chain(
         FedProx(mu=0.1), ErrorFeedback(), FedLAMA(phi=2, warmup=1), FedYogi()
@@ -75,39 +133,21 @@ CHAINS: dict[str, Factory] = {
 }
 
 
-class Kept(NamedTuple):
-    mask: Params
-
-
-class HalfKept(Method[Kept, tuple[()]]):
-    """Stands in for the sparse methods to come: a probe of all clients, a mask from their mean saliency, half of every
-    weight tensor kept, values of the kept entries alone on the wire. And a number and a tree for the clients."""
+class Boosted(Method[tuple[()], tuple[()]]):
+    """Tells the clients a number and a tree, by which they scale their gradients."""
 
     neutral = False
 
-    def init(self, params: Params) -> Kept:
-        return Kept({})
-
-    def probe(self, params: Params, grads: Params) -> Message:
-        return {"saliency": {name: (g * params[name]).abs() for name, g in grads.items() if g.dim() > 1}}
-
-    def setup(self, server: Kept, params: Params, mean: Message) -> tuple[Params, Kept]:
-        mask = {name: top_fraction(s, s.numel() // 2) for name, s in mean["saliency"].items()}
-        return {name: x * mask[name] if name in mask else x for name, x in params.items()}, Kept(mask)
-
-    def plan(self, server: Kept, plan: Plan) -> Plan:
-        plan = plan.set(boost=1 + 1 / (1 + plan.round)).share(halves={"x": torch.tensor([0.5, float(plan.round // 2)])})
-        return replace(plan, mask=server.mask)
+    def plan(self, server: tuple[()], plan: Plan) -> Plan:
+        return plan.set(boost=1 + 1 / (1 + plan.round)).share(halves={"x": torch.tensor([0.5, float(plan.round // 2)])})
 
     def correct(self, client: tuple[()], plan: Plan, step: Tensor, params: Params, grads: Params) -> Params:
-        assert plan.mask is not None
-        scale = plan.config["boost"] * plan.shared["halves"]["x"][0]
-        return {name: g * scale * plan.mask[name] if name in plan.mask else g for name, g in grads.items()}
+        return scale(grads, plan.config["boost"] * float(plan.shared["halves"]["x"][0]))
 
 
 TOYS: dict[str, Factory] = {  # of hooks and parts of the plan that no method in the box uses yet
-    "halfkept": HalfKept,
-    "halfkept, errorfeedback, fedlama, fedavgm": lambda: Chain(HalfKept(), ErrorFeedback(), FedLAMA(phi=2), FedAvgM()),
+    "boosted": Boosted,
+    "ssfl, boosted, fedavgm": lambda: Chain(SSFL(), Boosted(), FedAvgM()),
 }
 
 ALL: dict[str, Factory] = {**METHODS, **CHAINS, **TOYS}
@@ -127,9 +167,18 @@ CODECS: dict[str, wire.Codec] = {  # uplinks
     "randomk, fp16": wire.RandomK(0.3, values="fp16"),
 }
 
+LOSSY = {"errorfeedback", "ef21", "dgc", "flare"}  # they have something to do where something is lost
+
 OPTIONS: dict[str, dict[str, Any]] = {  # of Federation: what a method needs, or needs to have something to do
     "localonly": {"buffers": "keep"},
-    **{name: {"uplink": wire.TopK(0.2)} for name in ALL if "errorfeedback" in name},
+    "ssfl, fedlama, fedadam": {"uplink": wire.Dense("int8")},
+    "personal": {"buffers": "keep"},
+    **{name: {"uplink": wire.TopK(0.2)} for name in ALL if {*name.split(", ")} & LOSSY},
+    **{
+        name: {"uplink": wire.TopK(0.2, values="sign"), "downlink": wire.TopK(0.3, values="sign")}
+        for name in ALL
+        if "stc" in name
+    },
 }
 
 # ---- models
@@ -170,7 +219,7 @@ def odd() -> nn.Module:
 
 def double() -> nn.Module:
     """A float64 model."""
-    return mlp((64, 5, 4)).double()
+    return mlp((64, 6, 5, 4)).double()
 
 
 def dropout() -> nn.Module:
@@ -268,6 +317,7 @@ def everything(state: State) -> dict[str, Any]:
         "accepted": {c: stored.accepted for c, stored in clients.items()},
         "bytes": (state.bytes_up, state.bytes_down),
         "round": state.round,
+        "change": None if state.change is None else (state.change.base, bits(state.change.step)),
         "observed": (bits(state.observed.reference), state.observed.elapsed),
     }
 

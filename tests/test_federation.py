@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import cases
 import lamina
 from lamina import (
+    SSFL,
     Chain,
     ClientData,
     ConfigError,
@@ -231,7 +232,7 @@ def test_the_density_of_a_layer_is_that_of_the_messages_that_were_used() -> None
 
 def test_the_probe_asks_every_client_and_stands_in_the_record_of_round_zero() -> None:
     """Down: the initial model to all five. Up: five times the saliency, raw."""
-    fed = cases.federation(cases.HalfKept(), cohort=2, model="small")
+    fed = cases.federation(SSFL(), cohort=2, model="small")
     _, records = cases.finish(fed, 2)
     probe = {(t.direction, t.layer): t.bytes for t in records[0].traffic if t.phase == "probe"}
     matrices = {name: x for name, x in fed.initial.params.items() if x.dim() > 1}
@@ -244,18 +245,20 @@ def test_the_probe_asks_every_client_and_stands_in_the_record_of_round_zero() ->
 
 def test_masking_makes_no_new_version_and_the_mask_goes_with_the_first_plan() -> None:
     """Who answered the probe holds the initial model, and makes the masked one of it."""
-    _, (record,) = cases.finish(cases.federation(cases.HalfKept(), model="small"), 1)
+    _, (record,) = cases.finish(cases.federation(SSFL(), model="small"), 1)
     down = {t.layer: t.bytes for t in record.traffic if (t.phase, t.direction) == ("round", "down")}
     assert not any(down.get(name) for name in record.layers)
     assert down["_mask"] > 0
 
 
 def test_only_kept_entries_travel_and_the_others_stay_zero() -> None:
-    """(64*7 + 7*5 + 5*4) / 2 weights and 16 biases, four bytes each."""
-    fed = cases.federation(cases.HalfKept(), model="small", cohort=1)
+    """Half of each matrix, rounded down: 224 of 64*7, 17 of 7*5, 10 of 5*4 weights; 16 biases; four bytes each."""
+    fed = cases.federation(SSFL(score="random_layerwise"), model="small", cohort=1)
     for state, record in fed.run(3):
-        mask = state.server.mask
-        assert all(not state.params[name][~kept].any() for name, kept in mask.items())
+        assert {name: int(kept.sum()) for name, kept in state.server.mask.items()} == {
+            "fc1.weight": 224, "fc2.weight": 17, "fc3.weight": 10,
+        }  # fmt: skip
+        assert all(not state.params[name][~kept].any() for name, kept in state.server.mask.items())
         rows = {t.layer: t.bytes for t in record.traffic if (t.phase, t.direction) == ("round", "up")}
         assert sum(rows[name] for name in record.layers) == 4 * (224 + 17 + 10 + 16)
         assert record.layers["fc1.weight"].density == 0.5

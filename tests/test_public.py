@@ -10,15 +10,18 @@ import pytest
 import lamina
 
 NAMES = [
-    "METHODS", "Chain", "ClientData", "ClientRecord", "ConfigError", "DataError", "ErrorFeedback", "FedAdagrad",
-    "FedAdam", "FedAvg", "FedAvgM", "FedLAMA", "FedProx", "FedYogi", "Federation", "LaminaError", "Layer",
-    "LayerRecord", "LocalOnly", "LocalSGD", "Message", "Method", "Params", "Plan", "RoundRecord", "Run", "RunError",
-    "Scaffold", "State", "StorageError", "Task", "Traffic", "WireError", "Work", "data", "models", "run", "wire",
+    "FedDST", "MagnitudePruning", "RandomMask", "SSFL",
+    "Advice", "Chain", "ClientData", "ClientRecord", "ConfigError", "DGC", "DataError", "EF21", "ErrorFeedback",
+    "FLARE", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedDyn", "FedLAMA", "FedLUAR", "FedNova", "FedProx",
+    "FedYogi", "Federation", "LIPS", "LaminaError", "Layer", "LayerRecord", "LocalOnly", "LocalSGD", "METHODS",
+    "Message", "Method", "Params", "Personal", "Plan", "RoundRecord", "Run", "RunError", "STC", "Scaffold", "State",
+    "StorageError", "Task", "Traffic", "WireError", "Work", "data", "guidelines", "models", "observe", "run",
+    "wire",
 ]  # fmt: skip
 
 ARGUMENTS: dict[Any, str] = {
     lamina.Federation: "model data method uplink downlink local cohort weights buffers loss metrics aggregate seed "
-    "engine workers diagnostics accuracy_before through_bytes",
+    "engine workers diagnostics accuracy_before through_bytes store",
     lamina.Federation.run: "self rounds state evaluate_every",
     lamina.Federation.fit: "self rounds out options",
     lamina.Federation.evaluate: "self state engine",
@@ -30,13 +33,26 @@ ARGUMENTS: dict[Any, str] = {
     lamina.FedAvg: "",
     lamina.FedProx: "mu",
     lamina.Scaffold: "approximate",
+    lamina.STC: "",
     lamina.FedAvgM: "lr momentum",
     lamina.FedAdagrad: "lr eps",
     lamina.FedAdam: "lr b1 b2 eps",
     lamina.FedYogi: "lr b1 b2 eps",
     lamina.ErrorFeedback: "",
+    lamina.EF21: "",
+    lamina.DGC: "momentum",
+    lamina.FLARE: "tau decay percentile steps",
     lamina.FedLAMA: "phi warmup",
+    lamina.FedLUAR: "recycle choose replay refresh_on_lr_drop",
+    lamina.FedNova: "",
+    lamina.SSFL: "density score allow_empty",
+    lamina.RandomMask: "density layout",
+    lamina.FedDST: "density every ratio layout until",
+    lamina.MagnitudePruning: "density start end every scope",
     lamina.LocalOnly: "",
+    lamina.LIPS: "density every rounds score layers norm_sync",
+    lamina.Personal: "layers",
+    lamina.FedDyn: "alpha",
     lamina.Chain: "methods",
     lamina.wire.Dense: "values",
     lamina.wire.TopK: "density scope values keep",
@@ -44,6 +60,12 @@ ARGUMENTS: dict[Any, str] = {
     lamina.wire.encode: "tree codec mask reference context",
     lamina.wire.decode: "blob like mask reference max_bytes",
     lamina.models.mlp: "widths activation bias",
+    lamina.guidelines: "model example deep field narrow uneven",
+    lamina.observe.divergence: "records layers",
+    lamina.observe.inertia: "records",
+    lamina.observe.accuracy_gap: "records",
+    lamina.observe.traffic: "records",
+    lamina.observe.divergence_std_of: "weights",
 }
 
 DEFAULTS: dict[Any, dict[str, Any]] = {
@@ -53,6 +75,19 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
     lamina.FedAdagrad: {"lr": 1e-2, "eps": 1e-3},
     lamina.FedAdam: {"lr": 1e-2, "b1": 0.9, "b2": 0.99, "eps": 1e-3},
     lamina.FedLAMA: {"phi": 2, "warmup": 0},
+    lamina.DGC: {"momentum": 0.9},
+    lamina.FLARE: {"tau": 0.5, "decay": 1.05, "percentile": 50.0, "steps": 1},
+    lamina.LIPS: {
+        "density": 0.5, "every": 5, "rounds": 300, "score": "saliency", "layers": "auto", "norm_sync": "global",
+    },
+    lamina.SSFL: {"density": 0.5, "score": "saliency", "allow_empty": False},
+    lamina.RandomMask: {"density": 0.2, "layout": "erk"},
+    lamina.FedDST: {"density": 0.2, "every": 10, "ratio": 0.01, "layout": "erk", "until": 200},
+    lamina.MagnitudePruning: {"density": 0.2, "start": 0, "end": 100, "every": 10, "scope": "layer"},
+    lamina.Personal: {"layers": "norm"},
+    lamina.FedDyn: {"alpha": 0.01},
+    lamina.FedLUAR: {"recycle": 1, "choose": "inverse", "replay": True, "refresh_on_lr_drop": False},
+    lamina.guidelines: {"deep": 8, "field": 1.0, "narrow": 1.0, "uneven": 2.0},
     lamina.wire.Dense: {"values": "fp32"},
     lamina.wire.TopK: {"scope": "layer", "values": "fp32", "keep": "exact"},
     lamina.Federation: {
@@ -78,7 +113,9 @@ def test_the_public_names_are_these() -> None:
 
 def test_the_hooks_of_a_method_are_these() -> None:
     hooks = [name for name, x in vars(lamina.Method).items() if inspect.isfunction(x) and not name.startswith("_")]
-    assert " ".join(hooks) == "bind init init_client probe setup plan begin correct report settle step observe has"
+    assert (
+        " ".join(hooks) == "bind init init_client probe setup plan begin correct report settle step absorb observe has"
+    )
 
 
 @pytest.mark.parametrize("what", ARGUMENTS, ids=lambda x: x.__qualname__)

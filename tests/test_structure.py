@@ -20,14 +20,15 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("method", "store", "record", "settings"),
     ("methods", "wire"),
     ("client", "aggregate", "cohort", "downlink"),
-    ("preflight", "evaluate"),
+    ("preflight", "evaluate", "advice", "observe"),
     ("engine",),
     ("federation",),
     ("checkpoint", "config", "machine"),
     ("folder",),
     ("terminal",),
     ("runs",),
-    ("demo",),
+    ("demo", "recipes"),
+    ("reproduce",),
     ("cli",),
     ("__init__", "__main__"),
 )
@@ -99,18 +100,20 @@ def test_the_one_exception_is_inside_the_function_it_is_named_for() -> None:
 
 
 def test_a_method_imports_only_method_tree_layers_random_and_errors() -> None:
+    """And what several methods share: that module, in the same folder, obeys the same rule."""
     allowed = {"method", "tree", "layers", "random", "errors"}
     for path in (SOURCE / "methods").glob("*.py"):
         if path.name != "__init__.py":
-            assert {other for _, other in neighbours(path)} <= allowed, path.name
+            for node, other in neighbours(path):
+                assert other in allowed or getattr(node, "module", "") == "lamina.methods.masking", path.name
 
 
 def test_the_engine_and_the_federation_name_no_method_but_fedavg() -> None:
     from lamina import METHODS
 
     names = {cls.__name__ for cls in METHODS.values()} - {"FedAvg"}
-    core = [SOURCE / f"{name}.py" for name in ("client", "federation", "downlink", "aggregate", "evaluate", "store")]
-    for path in (*core, *(SOURCE / "engine").glob("*.py"), *(SOURCE / "wire").glob("*.py")):
+    core = [SOURCE / f"{name}.py" for name in ("client", "federation", "downlink", "aggregate", "evaluate")]
+    for path in (*core, *(path for name in ("engine", "store", "wire") for path in (SOURCE / name).glob("*.py"))):
         found = {node.id for node in ast.walk(tree(path)) if isinstance(node, ast.Name)} & names
         assert not found, f"{path.name} names {found}"
 

@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lamina import data, models, wire
+    from lamina import data, models, observe, wire
+    from lamina.advice import Advice, guidelines
     from lamina.client import LocalSGD
     from lamina.data.client_data import ClientData
     from lamina.errors import ConfigError, DataError, LaminaError, RunError, StorageError, WireError
@@ -14,12 +15,25 @@ if TYPE_CHECKING:
     from lamina.layers import Layer
     from lamina.method import Chain, FedAvg, Method, Plan, Task, Work
     from lamina.methods import METHODS
+    from lamina.methods.dgc import DGC
+    from lamina.methods.ef21 import EF21
     from lamina.methods.error_feedback import ErrorFeedback
+    from lamina.methods.feddst import FedDST
+    from lamina.methods.feddyn import FedDyn
     from lamina.methods.fedlama import FedLAMA
+    from lamina.methods.fedluar import FedLUAR
+    from lamina.methods.fednova import FedNova
     from lamina.methods.fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
     from lamina.methods.fedprox import FedProx
+    from lamina.methods.flare import FLARE
+    from lamina.methods.lips import LIPS
     from lamina.methods.local_only import LocalOnly
+    from lamina.methods.magnitude_pruning import MagnitudePruning
+    from lamina.methods.personal import Personal
+    from lamina.methods.random_mask import RandomMask
     from lamina.methods.scaffold import Scaffold
+    from lamina.methods.ssfl import SSFL
+    from lamina.methods.stc import STC
     from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
     from lamina.runs import Run
     from lamina.tree import Message, Params
@@ -28,6 +42,7 @@ __version__ = "0.1.0"
 
 # Home of every public name. They are imported when first used, so that `lamina --help` does not wait for torch.
 _HOMES = {
+    "advice": ("Advice", "guidelines"),
     "client": ("LocalSGD",),
     "data.client_data": ("ClientData",),
     "errors": ("ConfigError", "DataError", "LaminaError", "RunError", "StorageError", "WireError"),
@@ -35,25 +50,45 @@ _HOMES = {
     "layers": ("Layer",),
     "method": ("Chain", "FedAvg", "Method", "Plan", "Task", "Work"),
     "methods": (
+        "DGC",
+        "EF21",
+        "FLARE",
+        "LIPS",
         "METHODS",
+        "SSFL",
+        "STC",
         "ErrorFeedback",
         "FedAdagrad",
         "FedAdam",
         "FedAvgM",
+        "FedDST",
+        "FedDyn",
         "FedLAMA",
+        "FedLUAR",
+        "FedNova",
         "FedProx",
         "FedYogi",
         "LocalOnly",
+        "MagnitudePruning",
+        "Personal",
+        "RandomMask",
         "Scaffold",
     ),
     "record": ("ClientRecord", "LayerRecord", "RoundRecord", "Traffic"),
     "runs": ("Run",),
     "tree": ("Message", "Params"),
 }
-_MODULES = ("data", "models", "wire")
+_MODULES = ("data", "models", "observe", "wire")
 
 __all__ = [
+    "DGC",
+    "EF21",
+    "FLARE",
+    "LIPS",
     "METHODS",
+    "SSFL",
+    "STC",
+    "Advice",
     "Chain",
     "ClientData",
     "ClientRecord",
@@ -64,7 +99,11 @@ __all__ = [
     "FedAdam",
     "FedAvg",
     "FedAvgM",
+    "FedDST",
+    "FedDyn",
     "FedLAMA",
+    "FedLUAR",
+    "FedNova",
     "FedProx",
     "FedYogi",
     "Federation",
@@ -73,10 +112,13 @@ __all__ = [
     "LayerRecord",
     "LocalOnly",
     "LocalSGD",
+    "MagnitudePruning",
     "Message",
     "Method",
     "Params",
+    "Personal",
     "Plan",
+    "RandomMask",
     "RoundRecord",
     "Run",
     "RunError",
@@ -88,7 +130,9 @@ __all__ = [
     "WireError",
     "Work",
     "data",
+    "guidelines",
     "models",
+    "observe",
     "run",
     "wire",
 ]

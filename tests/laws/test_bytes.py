@@ -32,7 +32,9 @@ def check_ledger(record: RoundRecord) -> None:
         "_moments",
         "_buffers",
         "_control",
+        "_norm",
         "_mask",
+        "_votes",
         "_halves",
     }
 

@@ -28,6 +28,8 @@ FLAGS = (
     "compensates",
     "masks",
     "measures",
+    "controls",
+    "shocks",
 )
 
 
@@ -101,6 +103,9 @@ class Checked(Method[Any, Any]):
 
     def step(self, server: Any, plan: Plan, mean: Message) -> tuple[Message, Any]:
         return self._call("step", server, plan, mean)
+
+    def absorb(self, server: Any, sent: Message, received: Message) -> Any:
+        return self._call("absorb", server, sent, received)
 
     def observe(self, server: Any) -> Any:
         return self._call("observe", server)

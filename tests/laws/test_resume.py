@@ -32,6 +32,12 @@ def test_stopping_after_any_round_changes_nothing(name: str, tmp_path: Path) -> 
     check(lambda: cases.case(name, local=LOCAL), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["errorfeedback", "fedlama", "scaffold", "fedlama, scaffold"])
+def test_stopping_changes_nothing_with_clients_on_disk(name: str, tmp_path: Path) -> None:
+    store = f"disk:{tmp_path / 'clients'}"
+    check(lambda: cases.case(name, local=LOCAL, buffers="keep", store=store), tmp_path / "checkpoints")
+
+
 @pytest.mark.parametrize("model", ["odd", "double"])
 def test_stopping_changes_nothing_with_lossy_links_and_personal_buffers(model: str, tmp_path: Path) -> None:
     links = {"uplink": wire.RandomK(0.5, values="int8"), "downlink": wire.Dense("fp16"), "buffers": "keep"}

@@ -46,6 +46,7 @@ class Scaffold(Method[Server, Client]):
     sends = frozenset({"update", "control"})
     uniform = frozenset({"control"})
     neutral = False  # no setting switches the control off
+    controls = True
 
     def bind(self, task: Task) -> Self:
         used = [k for k in ("momentum", "weight_decay", "clip") if getattr(task, k)]
