@@ -380,6 +380,16 @@ def test_methods_without_a_meaning_together_are_refused() -> None:
     assert caught.value.code == "E115"
 
 
+class Counts(FedAvg):
+    sends = frozenset({"update", "votes"})
+
+
+def test_two_methods_that_send_one_tree_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Counts\(\) and FedDST.* both send the tree 'votes'") as caught:
+        Chain(Counts(), lamina.FedDST())
+    assert caught.value.code == "E116"
+
+
 @pytest.mark.parametrize("other", [FedLAMA(phi=2), FedAvgM(), lamina.Scaffold()])
 def test_local_only_training_is_refused_in_a_chain(other: Method[Any, Any]) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -154,8 +154,8 @@ def test_what_makes_option_ii_inexact_is_refused(name, value):
 
 
 def test_two_methods_that_send_a_control_are_refused():
-    with pytest.raises(lamina.ConfigError, match="both send the tree 'control'") as refused:
+    with pytest.raises(lamina.ConfigError, match="both correct the same drift") as refused:
         lamina.Chain(lamina.Scaffold(), lamina.FedProx(), lamina.Scaffold(approximate=True))
-    assert refused.value.code == "E116"
+    assert refused.value.code == "E115"
     assert "Scaffold(approximate=False)" in refused.value.message
     assert "Scaffold(approximate=True)" in refused.value.message
