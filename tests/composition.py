@@ -1,6 +1,6 @@
 """What becomes of every pair of methods in a chain, found by trying: the table of docs/methods/composition.md.
 
-    python tests/composition.py > docs/methods/composition.md
+python tests/composition.py > docs/methods/composition.md
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ A chain of two methods, `lamina.Chain(row, column)`, for every pair in the box. 
 pair that is not refused has trained five rounds on a small model with a top-k uplink. It is written by
 `python tests/composition.py > docs/methods/composition.md`, and a test compares it with what the code does.
 
-- **✓** both orders work and give the same model (to rounding);
+- **✓** both orders work and give the same model (to rounding) in the settings tried here, those of `tests/cases.py`;
 - **✓ ↔** both orders work, and the order changes the result: the methods' own pages say which one is meant;
 - **←** works with the row's method *before* the column's; **→** with the row's method *after* it; the letter says why;
 - **R** refused at construction with that reason.

@@ -28,6 +28,7 @@ def test_scheduled_layers_are_weights_of_two_or_more_dimensions() -> None:
     ]
     assert not is_matrix(Layer("norm.weight", "norm", "weight", (4,)))
     assert not is_matrix(Layer("odd.bias", "other", "bias", (4, 4)))
+    assert not any(is_matrix(layer) for layer in layer_table(nn.LayerNorm((4, 4))))
 
 
 def test_kinds_name_the_owner() -> None:

@@ -24,7 +24,7 @@ from lamina.aggregate import Mean, total
 from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addressed_rng
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
-from lamina.downlink import Broadcast, Change, codes_values, tag
+from lamina.downlink import Broadcast, Change, codes_values
 from lamina.engine.base import Engine, Kind, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
@@ -239,7 +239,8 @@ class Federation:
         if self.method.has("probe"):
             everyone = tuple(range(len(self.data)))
             plan = self._plan(params, buffers, 0, self.local.lr, len(everyone))
-            mean, store = self._collect("probe", engine, self._broadcast(plan), everyone, store, books)
+            probed = self._broadcast(plan)
+            mean, store = self._collect("probe", engine, probed, everyone, store, books)
             if not mean:
                 raise RunError(
                     f"every client's probe was refused; the first, of client {books.events[0]['client']!r}, has "
@@ -248,8 +249,11 @@ class Federation:
                     remedy="the loss or its gradient is not finite at the initial model: check the data and the loss",
                 )
         params, server = self.method.setup(server, params, mean)
-        if mean:  # who has answered the probe holds the initial model, from which a mask makes the new one
-            store = store.told({f"params/{name}": tag(x) for name, x in params.items()})
+        if mean:
+            first = self._broadcast(
+                self.method.plan(server, self._plan(params, buffers, 0, self.local.lr, self.cohort))
+            )
+            store = store.told(_made_by_mask(probed.plan, first))
         return State(params, buffers, server, store), books
 
     def round(
@@ -265,11 +269,12 @@ class Federation:
             broadcast = self._broadcast(plan, state.change)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             kind: Kind = "judged" if evaluating and self._judges else "round"
+            told = len(books.events)  # those of a probe stand before
             mean, store = self._collect(kind, engine, broadcast, order, state.clients, books)
             if not books.accepted:
                 raise RunError(
-                    f"round {t}: every message was refused; the first, of client {books.clients[0].name!r}, has "
-                    f"non-finite values in {books.events[0]['layer']}",
+                    f"round {t}: every message was refused; the first, of client {books.events[told]['client']!r}, has "
+                    f"non-finite values in {books.events[told]['layer']}",
                     code="E310",
                     where=f"round {t}",
                     remedy="training diverged on every client: lower local.lr, or set local.clip",
@@ -560,6 +565,15 @@ def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> di
         "alignment": norm2 / second if second > 0 else None,
         "discrepancy": spread / (steps * numel) if steps * numel else None,
     }
+
+
+def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
+    """Tags of what a client that holds `before` has of the first plan, by cutting it with the plan's mask. Not where
+    a codec gives other values to what is left (int8: blocks run over kept entries)."""
+    mask = first.plan.mask or {}
+    held = {name: torch.where(mask[name], x, 0) if name in mask else x for name, x in before.params.items()}
+    same = [name for name, x in first.plan.params.items() if torch.equal(x, held[name])]
+    return {f"params/{name}": first.tags[f"params/{name}"] for name in same}
 
 
 def _inertia(x: Tensor, start: Tensor) -> dict[str, float | None]:

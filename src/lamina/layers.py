@@ -57,7 +57,7 @@ def layer_table(model: nn.Module) -> tuple[Layer, ...]:
 
 def is_matrix(layer: Layer) -> bool:
     """The scheduled unit of FedLAMA and FedLUAR: one weight tensor with ndim > 1 (never a bias or a norm parameter)."""
-    return layer.role == "weight" and len(layer.shape) > 1
+    return layer.role == "weight" and layer.kind != "norm" and len(layer.shape) > 1
 
 
 def matrices(layers: Iterable[Layer]) -> tuple[Layer, ...]:

@@ -124,15 +124,13 @@ def settled(method, residual, kept=None):
 
 
 @pytest.mark.parametrize(
-    ("percentile", "pulled"), [(0, [1, 2, 3, 4, 5]), (10, [1, 2, 3, 4, 5]), (11, [2, 3, 4, 5]), (90, [4, 5]), (100, [])]
+    ("percentile", "pulled"), [(0, [1, 2, 3, 4, 5]), (10, [1, 2, 3, 4, 5]), (11, [2, 3, 4, 5]), (90, [5]), (100, [])]
 )
 def test_the_mask_is_strictly_above_the_nearest_entry(percentile, pulled):
-    """Magnitudes 0 to 5, n - 1 = 5: indices round(0), round(.5) = 0, round(.55) = 1, round(4.5) = 4 and 5. Entry 4
-    shares its magnitude with entry 3 below, so index 4 (a 4) leaves the 5 and nothing else."""
+    """Magnitudes 0 to 5, n - 1 = 5: indices round(0), round(.5) = 0, round(.55) = 1, round(4.5) = 4 and 5."""
     a = {"w": torch.tensor([0.0, -1.0, 2.0, 3.0, -4.0, 5.0])}
     threshold = settled(FLARE(percentile=percentile), a)["w"]
-    expected = [5] if percentile == 90 else pulled
-    assert a["w"].abs()[a["w"].abs() > threshold].tolist() == expected
+    assert a["w"].abs()[a["w"].abs() > threshold].tolist() == pulled
 
 
 def test_equal_magnitudes_are_above_none_of_themselves():
@@ -409,3 +407,19 @@ def test_another_that_sends_again_what_was_lost_is_refused(other):
         with pytest.raises(lamina.ConfigError, match="both would send again what the uplink lost") as refused:
             lamina.Chain(*pair)
         assert refused.value.code == "E115"
+
+
+@pytest.mark.parametrize("flare_first", [False, True])
+def test_under_a_mask_the_percentile_is_that_of_the_kept_entries(flare_first):
+    ssfl, flare = lamina.SSFL(density=0.4), FLARE(steps=2, percentile=37)
+    chain = lamina.Chain(flare, ssfl) if flare_first else lamina.Chain(ssfl, flare)
+    fed = cases.federation(chain, "double", uplink=wire.TopK(0.2))
+    for state, record in fed.run(4):
+        mask = state.server[1 if flare_first else 0].mask
+        for client in record.cohort:
+            own = state.clients.get(client).row.method[0 if flare_first else 1]
+            for name, a in own.residual.items():
+                kept = a[mask[name]] if name in mask else a.flatten()
+                magnitudes = sorted(kept.abs().tolist())
+                assert own.threshold[name] == magnitudes[round(0.37 * (len(magnitudes) - 1))]
+                assert name not in mask or not a[~mask[name]].any()

@@ -9,6 +9,7 @@ from parity import LR, PAIRS, ROUNDS, SEED, assert_equal_rounds, examples, small
 from parity import from_scratch as run_loop
 from torch import nn
 
+import cases
 import lamina
 from lamina.layers import layer_table
 from lamina.methods.personal import matched
@@ -271,3 +272,18 @@ def test_fedbn_agrees_with_a_plain_loop(dtype, weights, momentum, cohort, buffer
     model, clients = small_cnn(dtype), examples(dtype, (1, 5, 5))
     settings = {"weights": weights, "momentum": momentum, "cohort": cohort, "lr": 0.03}
     compare("norm", own, dtype, model, clients, buffers=buffers, **settings)
+
+
+def test_fedlama_leaves_personal_layers_to_their_owner():
+    """LIPS prunes what the methods before it start from, so it stands after Personal; where FedLAMA stands among them
+    does not matter, since it keeps no second copy of a personal layer."""
+    shocked = (lamina.Personal("*fc2*"), lamina.LIPS(density=0.3, every=1, rounds=6))
+    orders = []
+    for place in range(3):
+        parts = list(shocked)
+        parts.insert(place, lamina.FedLAMA(phi=4, warmup=8))
+        fed = cases.federation(lamina.Chain(*parts), "small", cohort="all")
+        state = cases.states(fed, 6)[-1]
+        assert all(not state.clients.get(c).row.method[place].waiting for c in state.clients)
+        orders.append(state.sha256())
+    assert len(set(orders)) == 1

@@ -12,6 +12,7 @@ from torch.func import functional_call
 import cases
 import lamina
 from lamina import SSFL, wire
+from lamina import engine as engines
 from lamina.layers import layer_table
 from lamina.methods.masking import prunable
 from lamina.methods.ssfl import salient
@@ -418,3 +419,32 @@ def test_parity_with_convolutions_and_decay(dtype, weights, momentum, cohort):
 def test_parity_of_random_masks(score):
     compare(SSFL(0.4, score=score), ssfl, small_mlp(torch.float64), examples(torch.float64), torch.float64,
             mine={"density": 0.4, "score": score}, cohort=3, momentum=0.9)  # fmt: skip
+
+
+@pytest.mark.parametrize("downlink", ["fp32", "fp16", "int8"])
+def test_nobody_is_said_to_hold_what_the_mask_alone_does_not_make(downlink):
+    """Every client keeps what it decoded and cuts it with the mask: that is the model it is said to train from, also
+    in round 0, where int8 blocks over kept entries give other values than those of the probe's dense model."""
+    fed = cases.federation(SSFL(density=0.4), "small", cohort="all", downlink=wire.Dense(downlink))
+    seen = []
+    broadcast = fed._broadcast
+
+    def watched(plan, change=None):
+        made = broadcast(plan, change)
+        seen.append(made)
+        return made
+
+    fed._broadcast = watched
+    pairs = list(fed.run(3))
+    probe, rounds = seen[0], [b for b in seen[1:] if b.plan.mask]
+    mask = rounds[0].plan.mask
+    store = fed.start(engines.make("loop", 1, "", fed._trainer, fed._setup))[0].clients
+    first = rounds[0]
+    for client in store:
+        missing = first.lacking(store.get(client).held)
+        for name, x in first.plan.params.items():
+            cut = torch.where(mask[name], probe.plan.params[name], 0) if name in mask else probe.plan.params[name]
+            assert f"params/{name}" in missing or torch.equal(x, cut)
+    dense = any(f"params/{name}" in first.lacking(store.get(0).held) for name in mask)
+    assert dense == (downlink == "int8")
+    assert len(pairs) == 3

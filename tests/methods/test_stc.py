@@ -132,3 +132,29 @@ def test_it_stands_last(first):
 def test_two_that_send_again_what_was_lost_are_refused():
     with pytest.raises(lamina.ConfigError, match="both would send again what the uplink lost"):
         lamina.Chain(lamina.ErrorFeedback(), lamina.STC())
+
+
+def test_layers_that_wait_keep_both_residuals():
+    method = lamina.Chain(lamina.FedLAMA(phi=3), lamina.STC())
+    coarse = {"uplink": wire.TopK(0.1), "downlink": wire.TopK(0.1)}
+    pairs = with_lamina(method, small_mlp(torch.float64), examples(torch.float64), **coarse)
+    waited = 0
+    for (before, _), (state, record) in itertools.pairwise(pairs):
+        for name, row in record.layers.items():
+            stores = [
+                (s.server[1].residual[name], s.clients.get(0).row.method[1].residual[name]) for s in (before, state)
+            ]
+            same = [torch.equal(a, b) for a, b in zip(*stores, strict=True)]
+            assert same == [True, True] if not row.uploaded else same == [False, False]
+            waited += not row.uploaded
+    assert waited
+
+
+def test_a_layer_that_is_absent_is_not_forgotten():
+    """`settle` and `absorb` see only what was sent."""
+    method, x = lamina.STC(), {"a": torch.ones(2), "b": torch.full((2,), 3.0)}
+    client, server = method.init_client(x)._replace(residual=x), method.init(x)._replace(residual=x)
+    sent, received = {"update": {"a": torch.full((2,), 5.0)}}, {"update": {"a": torch.ones(2)}}
+    assert method.settle(client, sent, received).residual["b"].tolist() == [3, 3]
+    assert method.absorb(server, sent, received).residual["b"].tolist() == [3, 3]
+    assert method.absorb(server, sent, received).residual["a"].tolist() == [4, 4]

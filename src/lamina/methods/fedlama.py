@@ -113,7 +113,8 @@ class FedLAMA(Method[Server, Client]):
 
     def report(self, client: Client, plan: Plan, work: Work, message: Message) -> tuple[Message, Client]:
         scheduled = [layer.name for layer in matrices(self.task.layers)]
-        return message, Client(omit(select(work.params, scheduled), plan.upload), torch.tensor(plan.round // self.phi))
+        waiting = {} if plan.in_sync else omit(select(work.params, scheduled), plan.upload)
+        return message, Client(waiting, torch.tensor(plan.round // self.phi))
 
     def step(self, server: Server, plan: Plan, mean: Message) -> tuple[Message, Server]:
         steps = float(mean["steps"]["steps"])

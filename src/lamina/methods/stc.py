@@ -11,8 +11,8 @@ The ternary code (the k largest of a tensor, each as its sign times their mean m
 ``lamina.wire.TopK(density, values="sign")``, to be given as uplink *and* as downlink; any other codec works too. A
 client that holds the model of the round before is sent the coded step; any other is sent the parameters dense (the
 paper lets it catch up by a sum of the steps it missed, which costs more than the model after 1 / density of them).
-With others: last, since the step that travels down is that of the whole chain; layers that wait or are recycled keep
-their residual.
+With others: last, since the step that travels down is that of the whole chain. Layers that wait keep both residuals;
+recycled ones keep the clients', and their replayed step is coded on its way down like any other.
 Cost: one model of state per client, and two at the server (its residual, and the step on its way).
 """
 
