@@ -34,6 +34,7 @@ class Change(NamedTuple):
 
     base: Held  # "params/name" -> tag before the step
     step: Params  # before it is coded
+    codec: str  # with which clients know it; another would give them another model
     seed: int
     round: int  # in which it was made
 
@@ -63,7 +64,7 @@ class Broadcast:
     ):
         self._codec = codec if codes_values(codec) else _RAW
         self._step_codec = codec
-        self._change = change
+        self._change = change if change is not None and change.codec == repr(codec) else None
         self._schema = schema
         self._through_bytes = through_bytes
         self._server = plan

@@ -285,7 +285,7 @@ class Federation:
             change = None
             if not codes_values(self.downlink):
                 base = {key: known for key, known in broadcast.tags.items() if key.startswith("params/")}
-                change = Change(base, mean["update"], self.seed, t)
+                change = Change(base, mean["update"], repr(self.downlink), self.seed, t)
                 mean = {**mean, "update": change.coded(self.downlink, self._schema, plan.mask)[0]}
                 server = self.method.absorb(server, {"update": change.step}, {"update": mean["update"]})
             params = state.params | add(mean["update"], state.params)

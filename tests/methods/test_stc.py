@@ -158,3 +158,18 @@ def test_a_layer_that_is_absent_is_not_forgotten():
     assert method.settle(client, sent, received).residual["b"].tolist() == [3, 3]
     assert method.absorb(server, sent, received).residual["b"].tolist() == [3, 3]
     assert method.absorb(server, sent, received).residual["a"].tolist() == [4, 4]
+
+
+def test_a_step_coded_by_another_codec_is_sent_to_nobody():
+    """Whoever goes on with another downlink sends the model itself: the old step would lead elsewhere."""
+    model, clients = small_mlp(torch.float32), examples(torch.float32)
+    data = lamina.ClientData.from_clients({str(i): pair for i, pair in enumerate(clients)})
+
+    def federation(density):
+        codec = wire.TopK(density)
+        return lamina.Federation(model, data, method=lamina.STC(), uplink=codec, downlink=codec, engine="loop")
+
+    *_, (state, _) = federation(0.1).run(2)
+    whole = 4 * model.fc1.weight.numel() * len(clients)
+    assert down(next(federation(0.2).run(1, state=state))[1])["fc1.weight"] == whole
+    assert down(next(federation(0.1).run(1, state=state))[1])["fc1.weight"] < whole
