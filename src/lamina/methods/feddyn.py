@@ -7,9 +7,8 @@ Acar et al., *Federated Learning Based on Dynamic Regularization*, ICLR 2021 (ar
     server:              S   <- S + m/N * u                     # u: mean update; S = -h / alpha of the paper
                          x   <- x + u + S
 
-The paper's means over the participants are uniform: ``weights="uniform"``. With "examples" our weighted mean stands in
-their place, in u and in S alike; with all clients taking part, the point at which nothing moves any more is then
-that of the weighted loss.
+All means are uniform over the accepted messages, whatever the federation's weights: the mean loss over clients is what
+Algorithm 1 minimises. A cohort's weighted mean would change that minimum with the size of the cohort.
 
 Weight decay, momentum and clipping are allowed: the rule asks for a minimum of the local loss, however it is sought,
 and no step size enters h_k (as in SCAFFOLD's option II). Weight decay is a part of that loss; the released code uses
@@ -51,6 +50,7 @@ class FedDyn(Method[Server, Client]):
 
     alpha: float = 0.01
 
+    uniform = frozenset({"update"})
     optimises = True
     controls = True
     neutral = False  # alpha -> 0 switches the clients' half off, not the server's

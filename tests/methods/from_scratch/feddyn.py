@@ -1,7 +1,7 @@
 """FedDyn, Acar et al. 2021, Algorithm 1: clients minimise L_k(w) - <h_k, w> + alpha/2 ||w - x||^2, as autograd has it.
 
-The server's h is kept as in the paper: h <- h - alpha/N * sum over P of (w_k - x), x <- mean of w_k - h / alpha. With
-weights="examples" the weighted mean times |P| stands in the place of the sum.
+The server's h is kept as in the paper: h <- h - alpha/N * sum over P of (w_k - x), x <- mean of w_k - h / alpha. Means
+are uniform, whatever `weights` says.
 """
 
 import copy
@@ -28,7 +28,6 @@ def feddyn(model, clients, *, alpha, rounds, lr, momentum=0.0, weight_decay=0.0,
     history = []
     for t in range(rounds):
         active = cohort(seed, t, len(clients), participants)
-        sizes = [len(clients[k][0]) if weights == "examples" else 1 for k in active]
         ends = []
         for k in active:
             data, labels = clients[k]
@@ -47,9 +46,8 @@ def feddyn(model, clients, *, alpha, rounds, lr, momentum=0.0, weight_decay=0.0,
             end = parameters_to_vector(local.parameters()).detach().clone()
             slopes[k] = h_k - alpha * (end - x)
             ends.append(end)
-        mean = sum(n * end for n, end in zip(sizes, ends, strict=True)) / sum(sizes)
-        h = h - alpha / len(clients) * len(active) * (mean - x)
-        x = mean - h / alpha
+        h = h - alpha / len(clients) * sum(end - x for end in ends)
+        x = sum(ends) / len(ends) - h / alpha
         made = copy.deepcopy(model)
         vector_to_parameters(x.clone(), made.parameters())
         history.append(Round(made.state_dict(), h, dict(slopes)))
