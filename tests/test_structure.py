@@ -20,7 +20,7 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("method", "store", "record", "settings"),
     ("methods", "wire"),
     ("client", "aggregate", "cohort", "downlink"),
-    ("preflight", "evaluate", "advice", "observe"),
+    ("preflight", "evaluate", "books", "advice", "observe"),
     ("engine",),
     ("federation",),
     ("checkpoint", "config", "machine"),

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from lamina.books import Observed
 from lamina.downlink import Change
 from lamina.errors import StorageError
-from lamina.federation import Federation, Observed, State
+from lamina.federation import Federation, State
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
 from lamina.tree import flatten, skeleton, unflatten
 

@@ -9,19 +9,19 @@ import copy
 import hashlib
 import time
 import warnings
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lamina import engine as engines
 from lamina import wire
 from lamina.aggregate import Mean, total
-from lamina.client import BUFFERS, LocalSGD, Loss, Reply, Setup, Trainer, addressed_rng
+from lamina.books import Books, Observed
+from lamina.client import BUFFERS, LocalSGD, Loss, Setup, Trainer, addressed_rng
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, Change, codes_values
@@ -32,23 +32,15 @@ from lamina.layers import Layer, layer_table
 from lamina.method import FedAvg, Method, Plan, Task
 from lamina.preflight import ready
 from lamina.random import address
-from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
+from lamina.record import RoundRecord
 from lamina.store import ClientStore, Row, Stored, empty_store, expect_kind
-from lamina.tree import Message, Params, add, squared_norm
+from lamina.tree import Message, Params, add
 from lamina.wire import frame
 
 if TYPE_CHECKING:
     from lamina.runs import Run
 
 Metric: TypeAlias = Callable[[Any, Any], float]
-_REFERENCE_ROUND = 2  # inertia is measured from the global model after this round
-
-
-class Observed(NamedTuple):
-    """What the records must remember from round to round. Nothing else reads it."""
-
-    reference: Params
-    elapsed: dict[str, float]  # mean local steps since each parameter was last aggregated
 
 
 class Evaluation(NamedTuple):
@@ -228,11 +220,11 @@ class Federation:
 
         return fit(self, rounds, out, **options)
 
-    def start(self, engine: Engine) -> tuple[State, _Books]:
+    def start(self, engine: Engine) -> tuple[State, Books]:
         """The state before round 0: the method's states, its probe and its setup."""
         params, buffers = self.initial
         server = self.method.init(params)
-        books = _Books()
+        books = Books()
         self.store.shelf.begin()
         store = self.store
         mean: Message = {}
@@ -257,7 +249,7 @@ class Federation:
         return State(params, buffers, server, store), books
 
     def round(
-        self, state: State, engine: Engine, horizon: int, evaluating: bool, books: _Books
+        self, state: State, engine: Engine, horizon: int, evaluating: bool, books: Books
     ) -> tuple[State, RoundRecord]:
         """One round: the new state, and its record."""
         began = time.perf_counter()
@@ -290,7 +282,8 @@ class Federation:
                 server = self.method.absorb(server, {"update": change.step}, {"update": mean["update"]})
             params = state.params | add(mean["update"], state.params)
             buffers = state.buffers | mean.get("buffers", {})
-            observed, layers = self._observe(state, plan, seen, params, books)
+            intervals = self.method.observe(state.server).get("interval", {})  # those in force in this round
+            observed, layers = books.layers(state.observed, plan, seen, params, intervals)
         new = State(
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
             state.bytes_down + books.down.total(), observed, change,
@@ -371,7 +364,7 @@ class Federation:
 
     def _collect(
         self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
-        store: ClientStore, books: _Books,
+        store: ClientStore, books: Books,
     ) -> tuple[Message, ClientStore]:  # fmt: skip
         """Sends the plan, takes the replies in order, and sums what is accepted."""
         parts = {c: float(self._sizes[c]) if self.weights == "examples" else 1.0 for c in order}
@@ -407,39 +400,6 @@ class Federation:
             writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
         return mean.result() | uniform.result(), writer.done()
 
-    def _observe(
-        self, state: State, plan: Plan, mean: Message, params: Params, books: _Books
-    ) -> tuple[Observed, dict[str, LayerRecord]]:
-        steps = float(mean["steps"]["steps"])
-        old = state.observed
-        elapsed = {name: old.elapsed.get(name, 0.0) + steps for name in params}
-        intervals = self.method.observe(state.server).get("interval", {})  # those in force in this round
-        reference = params if plan.round == _REFERENCE_ROUND else old.reference
-        rows = {}
-        for name in params:
-            u = mean["update"].get(name)
-            kept = plan.mask.get(name) if plan.mask else None
-            numel = params[name].numel() if kept is None else int(kept.sum())
-            numbers: dict[str, float | None] = {}
-            if u is not None:
-                norm2 = squared_norm(u)
-                density = books.kept[name] / books.share / max(1, params[name].numel())
-                numbers = {"update_norm": norm2**0.5, "density": density}
-                if "moments" in mean:
-                    second = float(mean["moments"][name])
-                    numbers |= _spread(second, norm2, books.accepted, numel, elapsed[name])
-            if reference:
-                numbers |= _inertia(params[name], reference[name])
-            rows[name] = LayerRecord(
-                uploaded=name in plan.upload,
-                interval=int(intervals.get(name, 1)),
-                bytes_up=books.up["round", name],
-                bytes_down=books.down["round", name],
-                **numbers,
-            )
-        elapsed |= dict.fromkeys(mean["update"], 0.0)
-        return Observed(reference, elapsed), rows
-
     def _fedavg_bytes(self) -> tuple[int, int]:
         """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
         params, buffers = self.initial
@@ -454,64 +414,6 @@ class Federation:
         lengths = {t: raw.transmit(x, wire.Context(wire.schema_of(x)))[1].total for t, x in trees.items()}
         up = sum(lengths.values()) + frame.overhead("message", {"steps": 0.0, "loss": 0.0}, lengths)
         return up, down
-
-
-class _Books:
-    """The accounts of one round: bytes by layer, clients, events."""
-
-    def __init__(self) -> None:
-        self.up: Counter[tuple[str, str]] = Counter()
-        self.down: Counter[tuple[str, str]] = Counter()
-        self.clients: list[ClientRecord] = []
-        self.events: list[dict[str, str]] = []
-        self.accepted = 0
-        self.before: list[float | None] = []  # accuracy of the accepted clients' own models
-        self.share = 0.0  # of the accepted messages, by weight
-        self.kept: dict[str, float] = defaultdict(float)  # weighted mean number of entries that travelled, by layer
-
-    def sent(self, phase: str, direction: str, sizes: Mapping[str, wire.Size]) -> int:
-        rows = self.up if direction == "up" else self.down
-        total = 0
-        for tree, size in sizes.items():
-            if tree in ("update", "params", "change"):
-                for layer, n in size.rows.items():
-                    rows[phase, layer] += n
-                rows[phase, "_shared"] += size.shared
-            else:
-                rows[phase, f"_{tree}" if tree else "_shared"] += size.total
-            total += size.total
-        return total
-
-    def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, round: int) -> None:
-        refused = None if reply.refused is None else "E310"
-        if reply.steps:
-            self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
-        if reply.refused is None:
-            self.accepted += bool(reply.steps)
-        else:
-            self.events.append(
-                {
-                    "code": "E310",
-                    "client": name,
-                    "layer": reply.refused,
-                    "message": "not finite: the message is not used, its client keeps the state from before",
-                    "remedy": "lower local.lr or set local.clip; look at this client's data",
-                }
-            )
-
-    def accuracy_before(self) -> float | None:
-        known = [accuracy for accuracy in self.before if accuracy is not None]
-        return total(known) / len(known) if known else None
-
-    def count(self, entries: Mapping[str, int], share: float) -> None:
-        self.share += share
-        for name, n in entries.items():
-            self.kept[name] += share * n
-
-    def traffic(self) -> Iterator[Traffic]:
-        for direction, rows in (("up", self.up), ("down", self.down)):
-            for (phase, layer), n in rows.items():
-                yield Traffic(phase, direction, layer, n)
 
 
 def run(
@@ -533,7 +435,7 @@ def run(
         state = replace(state, clients=state.clients.on(fed.store.shelf))
     engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup)
     try:
-        books = _Books()
+        books = Books()
         if state is None:
             with threads(1):
                 state, books = fed.start(engine)
@@ -542,7 +444,7 @@ def run(
             evaluating = (t + 1) % evaluate_every == 0 or t + 1 == horizon
             state, record = fed.round(state, engine, horizon, evaluating, books)
             yield state, record
-            books = _Books()
+            books = Books()
     finally:
         engine.close()
 
@@ -556,17 +458,6 @@ def _expect_own(fed: Federation, state: State) -> None:
     expect(isinstance(state.server, kind), "state: it is of another method", code="E119", where="state")
 
 
-def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> dict[str, float | None]:
-    """Divergence figures from E|u|^2 and |Eu|^2, over m messages of so many entries."""
-    spread = max(0.0, second - norm2)
-    return {
-        "divergence": (spread / norm2) ** 0.5 if norm2 > 0 else None,
-        "divergence_std": (m * spread / (m * numel - 1)) ** 0.5 if m * numel > 1 else None,
-        "alignment": norm2 / second if second > 0 else None,
-        "discrepancy": spread / (steps * numel) if steps * numel else None,
-    }
-
-
 def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
     """Tags of what a client that holds `before` has of the first plan, by cutting it with the plan's mask. Not where
     a codec gives other values to what is left (int8: blocks run over kept entries)."""
@@ -574,17 +465,6 @@ def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
     held = {name: torch.where(mask[name], x, 0) if name in mask else x for name, x in before.params.items()}
     same = [name for name, x in first.plan.params.items() if torch.equal(x, held[name])]
     return {f"params/{name}": first.tags[f"params/{name}"] for name in same}
-
-
-def _inertia(x: Tensor, start: Tensor) -> dict[str, float | None]:
-    """How far a layer has moved from where it was."""
-    moved, now, then = squared_norm(x - start) ** 0.5, squared_norm(x) ** 0.5, squared_norm(start) ** 0.5
-    return {
-        "inertia": moved / then if then else None,
-        "inertia_l2": moved,
-        # x . start = (|x|^2 + |start|^2 - |x - start|^2) / 2, from what is known already
-        "inertia_cosine": (now**2 + then**2 - moved**2) / (2 * now * then) if now and then else None,
-    }
 
 
 def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
