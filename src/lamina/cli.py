@@ -202,6 +202,62 @@ def demo(
     _say(out, demos.verdict(made, terminal.width_of(out)))
 
 
+@app.command()
+@_guarded
+def reproduce(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", show_default=False)],
+    scaled: Annotated[
+        bool, typer.Option("--scaled", help="The smaller variant: at most 30 minutes on 2 cores.")
+    ] = False,
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="One run of every arm each.")] = "0",
+    arms: Annotated[
+        str | None, typer.Option(metavar="a,b", help="Run only these; the table holds all that are finished.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the table goes; default: beside the runs.")
+    ] = None,
+    run_dir: RunDir = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    no_color: NoColor = False,
+) -> None:
+    """A published experiment with its baselines: a table, and whether the paper's claims held."""
+    from lamina import reproduce as reproducing
+    from lamina import runs, terminal
+
+    recipe = reproducing.find(name)
+    console = terminal.console(no_color=no_color)
+    root = runs.runs_root(run_dir)
+    watcher = _watcher(console, json, quiet, recipe.variant(scaled).log_every)
+    try:
+        report = reproducing.reproduce(
+            recipe,
+            scaled,
+            _numbers(seeds, "--seeds"),
+            None if arms is None else [arm.strip() for arm in arms.split(",")],
+            root,
+            out or root,
+            watcher,
+            terminal.Fetching(terminal.console(no_color=no_color, stderr=True), json),
+        )
+    except runs.Interrupted:
+        watcher.note("stopped: the same command goes on from here")
+        raise
+    if json:
+        terminal.emit({"event": "reproduced", "markdown": str(report.markdown), **report.data})
+    elif quiet:
+        print(report.markdown)
+    else:
+        _say(console, [*report.lines, "", *terminal.fields([("table", str(report.markdown))], None)])
+
+
+def _numbers(text: str, option: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise ConfigError(f"{option}={text}: expected whole numbers >= 0, separated by commas", where=option)
+    return [int(word) for word in words]
+
+
 def _finish(run: Run, quiet: bool) -> None:
     if quiet:
         print(run.path)
@@ -266,7 +322,7 @@ def compare(
         _say(out, terminal.comparison(rows, terminal.width_of(out)))
 
 
-LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "runs")
+LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "recipes", "runs")
 
 
 @app.command("list")
@@ -284,7 +340,8 @@ def list_(
         raise ConfigError(f"list {what}: expected one of {', '.join(LISTS)}", where="command line, argument 1")
     if run_dir is not None and what != "runs":
         raise ConfigError(f"--run-dir is of `lamina list runs`, not of {what}")
-    rows, columns = _runs_listed(run_dir) if what == "runs" else _data_listed() if what == "data" else _named(what)
+    special = {"runs": lambda: _runs_listed(run_dir), "data": _data_listed, "recipes": _recipes_listed}
+    rows, columns = special[what]() if what in special else _named(what)
     out = terminal.console(no_color=no_color)
     if json:
         for row in rows:
@@ -360,6 +417,40 @@ def _data_listed() -> tuple[list[dict[str, Any]], list[Column]]:
         Column("download", [size(row["download"]) if row["download"] else "-" for row in rows], 1),
         Column("about", [row["description"] for row in rows], 6, left=True),
         Column("licence", [row["licence"] for row in rows], 7, left=True),
+    ]
+    return rows, columns
+
+
+def _recipes_listed() -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.data import cached
+    from lamina.recipes import RECIPES
+    from lamina.terminal import Column
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": recipe.name,
+            "title": recipe.title,
+            "paper": recipe.paper,
+            "arxiv": recipe.arxiv,
+            "compares": recipe.compares,
+            "data": recipe.dataset,
+            "here": cached(recipe.dataset),
+            "arms": list(recipe.published.arms),
+            "size": recipe.published.size,
+            "scaled_arms": list(recipe.scaled.arms),
+            "scaled_size": recipe.scaled.size,
+            "scaled": recipe.scaled.scaled,
+            "floor": recipe.scaled.floor,
+        }
+        for recipe in RECIPES.values()
+    ]
+    columns = [
+        Column("recipe", [row["name"] for row in rows], left=True),
+        Column("paper", [row["arxiv"] or "-" for row in rows], 3, left=True),
+        Column("data", [f"{row['data']} {'cached' if row['here'] else '-'}" for row in rows], 2, left=True),
+        Column("--scaled", [row["scaled_size"] for row in rows], 1, left=True),
+        Column("in full", [row["size"] for row in rows], 4, left=True),
+        Column("compares", [row["compares"] for row in rows], 5, left=True),
     ]
     return rows, columns
 

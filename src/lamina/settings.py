@@ -55,6 +55,14 @@ def collect(
     return values
 
 
+def merged(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Values:
+    """What tables in the form of a TOML file say together, the lowest first, each with its origin."""
+    values: Values = {}
+    for origin, tree in layers:
+        _lay(values, {path: (value, origin) for path, value in _flat(tree)})
+    return values
+
+
 def presets() -> dict[str, str]:
     """Name -> TOML text of the presets that come with lamina."""
     folder = importlib.resources.files("lamina") / "presets"
