@@ -187,6 +187,23 @@ def test_what_a_crash_left_behind_is_ignored_and_replaced(tmp_path: Path) -> Non
     assert names(tmp_path) == ["round-000001", "round-000002"]
 
 
+def test_what_a_crash_left_of_an_older_checkpoint_goes_and_what_it_needed(tmp_path: Path) -> None:
+    """Killed while it deleted the one of round 1, and while it wrote that of another round: both are in the way of
+    nobody, and no row is kept for them."""
+    folder = tmp_path / "checkpoints"
+    fed = cases.federation(Scaffold(), "small", store=f"disk:{tmp_path / 'clients'}")
+    run = fed.run(4)
+    for _ in range(2):
+        checkpoint.commit(next(run)[0], folder)
+    (folder / "round-000001" / "MANIFEST.json").unlink()
+    shutil.copytree(folder / "round-000002", folder / ".round-000009.tmp")
+    for _ in range(2):
+        checkpoint.commit(next(run)[0], folder)
+    assert names(folder) == ["round-000003", "round-000004"]
+    pins = json.loads((tmp_path / "clients" / "checkpoints.json").read_bytes().partition(b"\n")[2])
+    assert sorted(pins["checkpoints"]) == ["../checkpoints/round-000003", "../checkpoints/round-000004"]
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "server.safetensors", "clients.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
 def test_a_damaged_file_is_noticed_and_the_one_before_is_used(file: str, damage: str, tmp_path: Path) -> None:

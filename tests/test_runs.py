@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ from lamina.config import build, load
 from lamina.errors import ConfigError, RunError
 from lamina.machine import redacted, sync_seconds
 from lamina.runs import Interrupted, Run, Watcher, compare, fit, new_folder, resume
+from lamina.store import disk
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
 
@@ -420,6 +423,55 @@ def test_a_resume_that_does_not_end_leaves_no_model_of_before(tmp_path: Path) ->
         opened.info["final_sha256"] = final
         model = opened.model.state_dict()
         assert all(torch.equal(x, opened.state.params[name]) for name, x in model.items())
+
+
+@pytest.mark.parametrize("store", ["memory", "disk"])
+def test_the_rows_that_a_run_went_on_from_go_as_soon_as_there_are_newer_ones(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"store=disk:{tmp_path / 'clients'}"] if store == "disk" else []
+    make(tmp_path / "run", "method=errorfeedback", "uplink=topk:0.1", *more, rounds=2)
+    gc.collect()
+    restored: list[weakref.ref[State]] = []
+
+    def restore(*arguments: Any) -> Any:
+        found = folder.restore(*arguments)
+        assert found[0] is not None
+        restored.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr(runs, "restore", restore)
+    alive: list[bool] = []
+
+    class Look(Stop):
+        def round(self, row: Any) -> None:
+            gc.collect()
+            alive.append(restored[0]() is not None)
+
+    resume(tmp_path / "run", 4, progress=Look(0, ""))
+    assert alive == [False, False]
+
+
+def test_a_run_is_left_as_it_is_when_another_process_is_at_its_clients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has ended there, but its Federation is still around."""
+    path = tmp_path / "run"
+    make(path, "method=errorfeedback", f"store=disk:{tmp_path / 'clients'}", rounds=2)
+    gc.collect()
+
+    def content() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+    before = content()
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "locked", lambda handle: False)
+        with pytest.raises(StorageError, match="has not let go of the Federation") as caught:
+            resume(path, 4, progress=False)
+    assert caught.value.code == "E406"
+    assert content() == before
+    assert Run.open(path).info["status"] == "done"
+    assert resume(path, 4, progress=False).info["rounds_done"] == 4
 
 
 def test_a_schedule_over_the_run_allows_no_other_rounds(tmp_path: Path) -> None:

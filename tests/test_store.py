@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -177,8 +179,10 @@ def test_rows_are_written_as_they_come_and_not_at_the_end_of_a_round(tmp_path: P
 
 
 def test_the_rows_in_memory_are_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four rows of 64 bytes three fit: reading a fourth puts out the one that was not used for longest."""
-    monkeypatch.setattr(disk, "CACHE", 200)
+    """Of four rows of 64 bytes, each with 36 for a row and 36 for its tensor, three fit in 450: reading a fourth puts
+    out the one that was not used for longest."""
+    monkeypatch.setattr(disk, "CACHE", 450)
+    monkeypatch.setattr(disk, "OBJECT", 36)
     store = on_disk(tmp_path).updated({c: stored(c) for c in range(4)})
     reads: list[int] = []
     read = disk.Segment.read
@@ -188,6 +192,17 @@ def test_the_rows_in_memory_are_bounded_in_bytes(tmp_path: Path, monkeypatch: py
     for client in (0, 1, 2, 0, 3, 0, 2, 1):
         assert value(store, client) == client
     assert reads == [0, 1, 2, 3, 1]
+
+
+def test_rows_without_a_value_take_memory_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of FedAvg, which are nothing but a class."""
+    monkeypatch.setattr(disk, "CACHE", 5 * disk.OBJECT)
+    nothing = Row((), {})
+    store = ClientStore(disk.on_disk(tmp_path, {"w": torch.zeros(2)}, nothing, NAMES))
+    store = store.updated({c: Stored(nothing, {}, 0) for c in range(10)})
+    shelf: Any = store.shelf
+    assert [store.get(c).row for c in store] == [nothing] * 10
+    assert len(shelf._cache) == 5
 
 
 def test_reading_ahead_is_bounded_and_asks_for_the_next_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,6 +308,23 @@ def test_rows_that_a_checkpoint_needs_stay_until_it_is_pruned(tmp_path: Path) ->
     assert list(logs(place)) == ["rows-000002", "rows-000004"]
 
 
+@pytest.mark.usefixtures("small_segments")
+def test_rows_of_a_run_that_was_deleted_go_when_a_new_one_begins(tmp_path: Path) -> None:
+    """What its checkpoint needed was the first file; the new run has the name for one of its own."""
+    place, held = tmp_path / "store", tmp_path / "run" / "checkpoints"
+    store = on_disk(place).updated({c: stored(0.0) for c in range(3)})
+    (held / "1").mkdir(parents=True)
+    store.pin(held / "1")
+    shutil.rmtree(tmp_path / "run")
+    del store
+    gc.collect()
+    again = on_disk(place)
+    again.shelf.begin()
+    again = again.updated({0: stored(1.0)})
+    assert logs(place) == {"rows-000001": 1}
+    assert value(again, 0) == 1.0
+
+
 # ---- checkpoints, crashes, damage
 
 
@@ -346,8 +378,6 @@ def crashed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def left(crashed: Path, tmp_path: Path) -> Path:
     """What a process that died in its third round, after two checkpoints, left behind."""
-    import shutil
-
     shutil.copytree(crashed, tmp_path / "left")
     return tmp_path / "left"
 
@@ -405,6 +435,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no store.json": lambda store: (store / "store.json").unlink(),
     "store.json": lambda store: flipped(store / "store.json", 120),
     "checkpoints.json": lambda store: flipped(store / "checkpoints.json", 120),
+    "no checkpoints.json": lambda store: (store / "checkpoints.json").unlink(),
+    "store.json twice": lambda store: shutil.copy(store / "store.json", store / "checkpoints.json"),
+    "checkpoints.json twice": lambda store: shutil.copy(store / "checkpoints.json", store / "store.json"),
 }
 
 
@@ -480,6 +513,69 @@ def test_a_new_run_takes_the_place_of_rows_that_no_checkpoint_needs(tmp_path: Pa
     assert cases.everything(first[-1]) == cases.everything(second[-1])
 
 
+def test_a_crash_while_a_store_is_made_leaves_a_path_for_a_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it dies in is the second of two files, store.json."""
+
+    def dies(path: Path, blob: bytes) -> None:
+        if path.name == "store.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        replaced(path, blob)
+
+    replaced = disk.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "replace", dies)
+        with pytest.raises(StorageError, match="cannot be stored"):
+            on_disk(tmp_path).updated({1: stored(1.0)})
+    gc.collect()
+    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["checkpoints.json"]
+    assert value(on_disk(tmp_path).updated({1: stored(1.0)}), 1) == 1.0
+
+
+@pytest.mark.parametrize("hidden", [True, False], ids=["rmtree", "rm *"])
+def test_a_federation_begins_anew_when_run_and_store_were_deleted(hidden: bool, tmp_path: Path) -> None:
+    """What the refusal of a second run says one may do; `rm store/*` leaves the lock file where it is."""
+    fed, states = run_of(tmp_path)
+    expected = cases.everything(states[-1])
+    with pytest.raises(StorageError, match=r"delete .*checkpoints and .*store") as caught:
+        next(fed.run(1))
+    assert caught.value.code == "E402"
+    shutil.rmtree(tmp_path / "checkpoints")
+    if hidden:
+        shutil.rmtree(tmp_path / "store")
+    else:
+        for path in (tmp_path / "store").glob("[!.]*"):
+            path.unlink()
+    again = []
+    for state, _ in fed.run(3):
+        checkpoint.commit(state, tmp_path / "checkpoints")
+        again.append(state)
+    assert cases.everything(again[-1]) == expected
+    del fed, states, again, state, caught
+    gc.collect()
+    assert cases.everything(gone_on(tmp_path, 2, 3)) == expected
+
+
+def test_a_federation_writes_into_a_store_that_was_put_back_from_a_copy(left: Path) -> None:
+    """The file that it was writing to is nowhere any more."""
+    expected = [cases.everything(s) for s in cases.states(cases.federation(ErrorFeedback(), "small"), 4)]
+    shutil.copytree(left / "store", left / "copy")
+    fed = cases.federation(ErrorFeedback(), "small", store=f"disk:{left / 'store'}")
+    start, _ = checkpoint.read(left / "checkpoints" / "round-000002", fed)
+    next(fed.run(1, start))
+    shutil.rmtree(left / "store")
+    (left / "copy").rename(left / "store")
+    fed.store.shelf.claim()
+    start, _ = checkpoint.read(left / "checkpoints" / "round-000002", fed)
+    for state, _ in fed.run(1, start):
+        checkpoint.commit(state, left / "checkpoints")
+    assert cases.everything(state) == expected[2]
+    del fed, start, state
+    gc.collect()
+    assert cases.everything(gone_on(left, 3, 4)) == expected[3]
+
+
 def test_the_checkpoint_of_a_run_on_disk_needs_its_store(left: Path, tmp_path: Path) -> None:
     place = left / "checkpoints" / "round-000002"
     with pytest.raises(StorageError, match="in a store on disk") as caught:
@@ -520,12 +616,88 @@ def test_a_second_process_may_look_but_not_write(busy: Path) -> None:
     assert content(busy) == before
 
 
+def looking(path: Path) -> Federation:
+    """A federation as in a process of its own: with a shelf of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(disk, "_shelves", {})
+        return cases.federation(ErrorFeedback(), "small", store=f"disk:{path / 'store'}")
+
+
+def test_who_looked_before_there_was_a_store_sees_every_checkpoint_of_it(tmp_path: Path) -> None:
+    """Three rounds go into one file: it is longer every time."""
+    watching = looking(tmp_path)
+    fed = cases.federation(ErrorFeedback(), "small", store=f"disk:{tmp_path / 'store'}")
+    assert watching.store.shelf is not fed.store.shelf
+    seen = []
+    for state, _ in fed.run(3):
+        found, _ = checkpoint.read(checkpoint.commit(state, tmp_path / "checkpoints"), watching)
+        assert cases.everything(found) == cases.everything(state)
+        seen.append(found)  # so the file is still known at the next look
+    assert len(logs(tmp_path / "store")) == 1
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["gone", "needed less"])
+def test_who_looks_does_not_miss_what_the_one_who_writes_deletes_meanwhile(
+    kept: bool, left: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading what is needed and reading that, a checkpoint and its segment go; or the newer of two goes, and
+    the rest of the segment with it."""
+    pins = left / "store" / "checkpoints.json"
+    log = left / "store" / "rows-000001.log"
+    needed = disk.unsealed(pins, "checkpoints")["checkpoints"]
+    older = needed["../checkpoints/round-000001"]["1"]
+    assert older < needed["../checkpoints/round-000002"]["1"]
+    read = disk.verify
+    ends: list[int] = []
+
+    def late(path: Path, end: int, names: tuple[str, ...]) -> None:
+        if not ends and kept:
+            os.truncate(log, older)
+            needed.pop("../checkpoints/round-000002")
+            disk.replace(pins, disk.sealed({"checkpoints": needed}))
+        elif not ends:
+            disk.replace(pins, disk.sealed({"checkpoints": {}}))
+            log.unlink()
+        ends.append(end)
+        read(path, end, names)
+
+    monkeypatch.setattr(disk, "verify", late)
+    looking(left)
+    assert ends[1:] == ([older] if kept else [])
+    if kept:
+        flipped(log, 64 + 5)
+        with pytest.raises(StorageError, match="does not match its checksum"):
+            looking(left)
+
+
 def test_two_federations_of_one_process_share_a_store(tmp_path: Path) -> None:
     first = cases.case("scaffold", store=f"disk:{tmp_path}")
     second = cases.case("scaffold", store=f"disk:{tmp_path}")
     assert first.store.shelf is second.store.shelf
     states = [next(fed.run(1))[0] for fed in (first, second)]
     assert cases.everything(states[0]) == cases.everything(states[1])
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_of_federations_of_two_models_one_has_the_path(tmp_path: Path) -> None:
+    """None has begun when the third is made: it shares with the first, whose rows stay and whose lock is held on to."""
+    store = f"disk:{tmp_path}"
+    made = [cases.federation(ErrorFeedback(), model, store=store) for model in ("small", "dropout", "small")]
+    first, other, third = made
+    assert first.store.shelf is third.store.shelf
+    state = cases.states(first, 2)[-1]
+    expected = cases.everything(state)
+    with pytest.raises(StorageError, match="of another model") as caught:
+        next(other.run(1))
+    assert caught.value.code == "E405"
+    cases.states(third, 2)
+    shelf: Any = first.store.shelf
+    shelf._cache.clear()
+    assert cases.everything(state) == expected
+    del made, other, third, caught
+    gc.collect()
+    assert shelf._lock is not None
+    assert os.path.samestat(os.fstat(shelf._lock), (tmp_path / ".lock").stat())
 
 
 def test_a_store_and_its_checkpoints_can_be_moved_together(left: Path, tmp_path: Path) -> None:

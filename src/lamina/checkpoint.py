@@ -68,9 +68,10 @@ def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -
             where=str(folder),
             remedy="free some space; earlier checkpoints are intact, so `lamina resume` goes on from the last one",
         ) from error
-    others = [path for path in committed(folder) if path != final]
-    for old in others[: 1 - _KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
+    kept = {final, *[path for path in committed(folder) if path != final][1 - _KEEP :]}
+    for path in (*folder.glob("round-*"), *folder.glob(".round-*.tmp")):  # those cut short by a crash, too
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):  # then rows are kept that nobody needs, until the next commit
         state.clients.shelf.unpin(folder)
     return final

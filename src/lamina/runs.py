@@ -268,7 +268,7 @@ def fit(
             for log in book.logs:
                 (folder / log).write_bytes(b"")
             book.save()
-        return _drive(fed, book, None, [], rounds, _watcher(progress))
+        return _drive(fed, book, Run(folder, book.info, [], fed, None), rounds, _watcher(progress))
 
 
 def resume(
@@ -306,8 +306,10 @@ def resume(
             info["config_sha256"] = config.model_copy(update={"rounds": total}).sha256
         records = read_rows(folder, lengths["metrics.jsonl"])
         again = Run(folder, info, records, fed, state)
+        del state  # `again` takes the next ones in its place, so that its rows can go
         info |= {"best": result(again.best), "final": result(again.final)}
         book = Book(folder, info, again.best)
+        fed.store.shelf.claim()
         with storing(folder):
             book.save()
             (folder / "model.safetensors").unlink(missing_ok=True)  # until the end, the newest checkpoint is the model
@@ -323,9 +325,9 @@ def resume(
         if warning:
             book.event({"event": "other cores", "message": warning})
             watcher.note(warning)
-        at = state.round if state else 0
+        at = info["rounds_done"]
         book.event({"event": "resumed", "round": at, "torch": torch.__version__})
-        return _drive(fed, book, state, records, total - at, watcher)
+        return _drive(fed, book, again, total - at, watcher)
 
 
 def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federation, str | None]:
@@ -448,8 +450,8 @@ def codec_title(codec: Any) -> str:
 # ---- the rounds
 
 
-def _drive(fed: Federation, book: Book, state: State | None, records: list[Row], rounds: int, watcher: Watcher) -> Run:
-    run = Run(book.folder, book.info, records, fed, state)
+def _drive(fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher) -> Run:
+    records = run.records
     options = book.info["options"]
     every = options["checkpoint_every"]
     watcher.begin(run, fed)
@@ -459,7 +461,7 @@ def _drive(fed: Federation, book: Book, state: State | None, records: list[Row],
     with _Interrupts() as interrupts:
         try:
             if rounds:
-                going = fed.run(rounds, state, evaluate_every=options["evaluate_every"])
+                going = fed.run(rounds, run._state, evaluate_every=options["evaluate_every"])
                 with contextlib.closing(cast("Generator[tuple[State, RoundRecord]]", going)):
                     for state, record in going:
                         row = book.round(state, record, records[-1] if records else None)

@@ -50,6 +50,9 @@ class Shelf(Protocol):
     def begin(self) -> None:
         """Before round 0 of a new run. Raises StorageError when the shelf is another's."""
 
+    def claim(self) -> None:
+        """Before a run that goes on changes anything. Raises StorageError when another process is at the shelf."""
+
     def pin(self, holder: Path, places: Iterable[Any]) -> None:
         """Make these durable, and keep them for as long as there is something at the path `holder`."""
 
@@ -73,6 +76,9 @@ class Memory:
         return entries
 
     def begin(self) -> None:
+        pass
+
+    def claim(self) -> None:
         pass
 
     def pin(self, holder: Path, places: Iterable[Row]) -> None:

@@ -34,6 +34,7 @@ _VERSION = 1
 SEGMENT = 64 << 20  # bytes after which the next segment is begun
 CACHE = 64 << 20  # bytes of rows kept in memory
 AHEAD = 256 << 20  # bytes of rows that the system is asked to read ahead
+OBJECT = 1024  # bytes that Python needs for a row, and for each tensor in it, beside the values
 
 
 class Place(NamedTuple):
@@ -55,12 +56,11 @@ class Disk:
 
     Raises:
         StorageError: E404 when what checkpoints need is damaged, E405 when it is of another model or method. Nothing is
-            written before the first row is.
+            written before a run begins.
     """
 
     def __init__(self, path: Path, mine: Mapping[str, Any], like: Row, names: tuple[str, ...]):
         self.path = path
-        self.id = ""  # until there is a store at the path
         self._mine = mine
         self._like = like
         self._names = names
@@ -70,41 +70,49 @@ class Disk:
         self._lock: int | None = None  # handle of the locked file, in the process that writes
         self._cache: OrderedDict[tuple[int, int, int], tuple[Row, int]] = OrderedDict()
         self._cached = 0
-        self.expect(mine)
-        ends: Counter[int] = Counter()
-        for needed in self._pins().values():
-            ends |= Counter(needed)
-        for number, end in sorted(ends.items()):
-            verify(self._file(number), end, names)
+        self.look()
 
     def __del__(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
 
-    def serves(self, mine: Mapping[str, Any]) -> bool:
-        """Whether another federation of this process is to use it, too: not if its folder was deleted meanwhile, or
-        if it is for something else and nothing is written yet."""
-        return (self.path / "store.json").exists() if self._lock is not None else self._mine == mine
-
     # ---- whose it is
 
-    def expect(self, mine: Mapping[str, Any]) -> None:
-        """Raises StorageError E404 or E405 unless what is at the path, if anything, is for this model and method."""
+    def look(self) -> None:
+        """Reads all that checkpoints need. Raises StorageError E404 or E405."""
+        self._expect()
+        for number, end in sorted(self._ends().items()):
+            self._verify(number, end)
+
+    def _verify(self, number: int, end: int) -> None:
+        try:
+            verify(self._file(number), end, self._names)
+        except StorageError:
+            now = self._ends()[number]  # the process that writes may have let go of a checkpoint meanwhile
+            if now >= end:
+                raise
+            if now:
+                self._verify(number, now)
+
+    def _expect(self) -> str:
+        """The id of the store at the path, "" for none yet. Raises StorageError E404 or E405 unless what is there, if
+        anything, is for this model and method."""
         if not self.path.exists():
-            return
+            return ""
         if not self.path.is_dir():
             raise self._refusal("a file is where a folder should be", "E401")
         place = self.path / "store.json"
-        if not place.exists():
-            found = [path.name for path in self.path.iterdir() if not path.name.startswith(".")]
+        found = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if place.name not in found:
             if any(name.endswith(".log") for name in found):
                 raise damaged(place, "it is missing")
-            if found:
-                raise self._refusal(f"the folder holds something else: {found[0]}", "E405")
-            return
-        theirs = unsealed(place)
-        if theirs.get("version") != _VERSION:
-            raise self._refusal(f"it has version {theirs.get('version')}, this lamina reads {_VERSION}", "E405")
+            others = [name for name in found if name != "checkpoints.json"]  # which is written first
+            if others:
+                raise self._refusal(f"the folder holds something else: {others[0]}", "E405")
+            return ""
+        theirs, mine = unsealed(place, "version"), self._mine
+        if theirs["version"] != _VERSION:
+            raise self._refusal(f"it has version {theirs['version']}, this lamina reads {_VERSION}", "E405")
         before, after = theirs["model"], mine["model"]
         if before != after:
             odd = next(name for name in {**after, **before} if before.get(name) != after.get(name))
@@ -113,38 +121,57 @@ class Disk:
             )
         if theirs["row"] != mine["row"]:
             raise self._refusal(f"it is of another method: a row there is {theirs['row']}, here {mine['row']}", "E405")
-        self.id = theirs["id"]
+        name: str = theirs["id"]
+        return name
 
     def begin(self) -> None:
         """Raises StorageError: E402 when checkpoints of another run need what is here, E406 when another process is."""
-        self._claim()
-        holder = next((path for key in self._pins() if (path := self._holder(key)).exists()), None)
+        self.claim()
+        pins = self._pins()
+        holder = next((path for key in pins if (path := self._holder(key)).exists()), None)
         if holder is not None:
             raise self._refusal(
                 f"it holds the clients' states of another run, which its checkpoint {holder} needs", "E402",
                 f"go on with that run (resume), give this one another path, or delete {holder.parent} and {self.path}",
             )  # fmt: skip
+        if pins:
+            with storing(self.path):
+                self._write_pins({})
 
-    def _claim(self) -> None:
-        """For writing: one process at a time, until this shelf is let go of."""
-        if self._lock is not None:
-            return
-        self.expect(self._mine)
+    def claim(self) -> None:
+        """For writing: one process at a time, until this shelf is let go of. What is at the path may have been deleted,
+        or put back from a copy, since it was claimed before. Raises StorageError E401, E404, E405, E406."""
+        self._expect()
+        self._open = None  # the file that it writes to may be nowhere any more
         with storing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path / ".lock", os.O_WRONLY | os.O_CREAT, 0o666)
+            self._take_lock()
             try:
-                if not locked(handle):
-                    remedy = "wait until that run has ended, or give this one another path"
-                    raise self._refusal("another process is at it", "E406", remedy)
-                self.expect(self._mine)  # somebody may have been faster
+                self._expect()  # somebody may have been faster
                 if not (self.path / "store.json").exists():
-                    self.id = secrets.token_hex(8)
-                    replace(self.path / "store.json", sealed({**self._mine, "id": self.id}))
+                    self._write_pins({})
+                    replace(self.path / "store.json", sealed({**self._mine, "id": secrets.token_hex(8)}))
             except BaseException:
-                os.close(handle)
+                self._let_go()
                 raise
-            self._lock = handle
+
+    def _take_lock(self) -> None:
+        place = self.path / ".lock"
+        if self._lock is not None and place.exists() and os.path.samestat(os.fstat(self._lock), place.stat()):
+            return
+        self._let_go()
+        self._lock = os.open(place, os.O_WRONLY | os.O_CREAT, 0o666)
+        if not locked(self._lock):
+            self._let_go()
+            raise self._refusal(
+                "another process is at it, or has not let go of the Federation that wrote to it", "E406",
+                "wait until that process has ended, or end it, or give this run another path",
+            )  # fmt: skip
+
+    def _let_go(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _refusal(self, message: str, code: str, remedy: str | None = None) -> StorageError:
         return StorageError(
@@ -170,11 +197,12 @@ class Disk:
             return self._cache[key][0]
         body = segment.read(client, offset, form.size, checksum, named(client, self._names))
         row: Row = unflatten(self._like, form.skeleton, dict(unpacked(form, body)))
-        self._cache[key] = row, form.size
-        self._cached += form.size
+        cost = form.size + OBJECT * (1 + len(form.leaves))
+        self._cache[key] = row, cost
+        self._cached += cost
         while self._cached > CACHE:
-            _, (_, size) = self._cache.popitem(last=False)
-            self._cached -= size
+            _, (_, cost) = self._cache.popitem(last=False)
+            self._cached -= cost
         return row
 
     def will_need(self, places: Iterable[Place]) -> None:
@@ -202,7 +230,8 @@ class Disk:
         return self._append(client, entry.accepted, body, form)
 
     def _append(self, client: int, accepted: int, body: Tensor, form: Form) -> Place:
-        self._claim()
+        if self._lock is None:
+            self.claim()
         with storing(self.path):
             if self._open is None or self._open.size >= SEGMENT:
                 self._begin_segment()
@@ -223,20 +252,21 @@ class Disk:
         if self._open is not None:
             self._open.close()
         self._sweep()
-        number = max(map(_number, self.path.glob("rows-*.log")), default=0) + 1
+        number = max([*map(_number, self.path.glob("rows-*.log")), *self._segments], default=0) + 1
         self._open = Segment.begun(self._file(number))
         self._segments[number] = self._open
 
     def _segment(self, number: int) -> Segment:
         found = self._segments.get(number)
         if found is None:
-            path = self._file(number)
-            found = self._segments[number] = Segment(path, path.stat().st_size if path.exists() else 0)
+            found = self._segments[number] = Segment(self._file(number), 0)
+        if found is not self._open:
+            found.look()
         return found
 
     def _sweep(self) -> None:
         """Deletes the segments that neither a checkpoint nor a store in this process refers to."""
-        pinned = {number for needed in self._pins().values() for number in needed}
+        pinned = self._ends()
         for path in self.path.glob("rows-*.log"):
             if _number(path) not in pinned and _number(path) not in self._segments:
                 path.unlink()
@@ -244,7 +274,8 @@ class Disk:
     # ---- checkpoints
 
     def pin(self, holder: Path, places: Iterable[Place]) -> None:
-        self._claim()
+        if self._lock is None:
+            self.claim()
         ends: dict[Segment, int] = {}
         for segment, offset, _, form in places:
             ends[segment] = max(offset + HEAD + form.size, ends.get(segment, 0))
@@ -276,10 +307,19 @@ class Disk:
         return Path(os.path.normpath(self.path / key))
 
     def _pins(self) -> dict[str, dict[int, int]]:
+        """What checkpoints need: path of each -> segment -> bytes of it."""
         place = self.path / "checkpoints.json"
-        if not place.exists():
+        if not place.exists() and not (self.path / "store.json").exists():
             return {}
-        return {key: {int(n): end for n, end in ends.items()} for key, ends in unsealed(place)["checkpoints"].items()}
+        pins = unsealed(place, "checkpoints")["checkpoints"]
+        return {key: {int(n): end for n, end in ends.items()} for key, ends in pins.items()}
+
+    def _ends(self) -> Counter[int]:
+        """How much of each segment some checkpoint needs."""
+        ends: Counter[int] = Counter()
+        for needed in self._pins().values():
+            ends |= Counter(needed)
+        return ends
 
     def _write_pins(self, pins: Mapping[str, Mapping[int, int]]) -> None:
         replace(self.path / "checkpoints.json", sealed({"checkpoints": pins}))
@@ -298,11 +338,11 @@ class Disk:
                 forms[id(form)] = len(listed)
                 listed.append(form)
             places[str(client)] = [_number(segment.path), offset, form.size, checksum, forms[id(form)]]
-        return {"id": self.id, "forms": [[form.skeleton, form.leaves] for form in listed], "places": places}
+        return {"id": self._expect(), "forms": [[form.skeleton, form.leaves] for form in listed], "places": places}
 
     def places(self, document: Mapping[str, Any]) -> dict[int, Place | None]:
         """Inverse of `document`. Raises StorageError: E405 for that of another store, E404 when rows are missing."""
-        if document["id"] != self.id:
+        if document["id"] != self._expect():
             remedy = "give the path that the run had; a relative one starts at the working directory"
             raise self._refusal("the checkpoint belongs to another store", "E405", remedy)
         forms = [form_from(form) for form in document["forms"]]
@@ -318,18 +358,23 @@ class Disk:
         return found
 
 
-_open: WeakValueDictionary[Path, Disk] = WeakValueDictionary()  # of this process: two federations may share a path
+_shelves: WeakValueDictionary[tuple[Path, str], Disk] = WeakValueDictionary()  # of this process
 
 
 def on_disk(path: str | Path, model: Mapping[str, Tensor], like: Row, names: tuple[str, ...]) -> Disk:
-    """The shelf at this path, which is relative to the working directory, for this model. See `Disk`."""
+    """The shelf at this path, which is relative to the working directory, for this model. See `Disk`.
+
+    In a process there is one for all federations of the same purpose, so that none deletes what a state of another
+    refers to. One of another purpose cannot write there: the folder is for this one as soon as anything is in it.
+    """
     place = Path(path).expanduser().resolve()
     mine = purpose(model, like)
-    found = _open.get(place)
-    if found is None or not found.serves(mine):
-        found = _open[place] = Disk(place, mine, like, names)
+    key = (place, json.dumps(mine, sort_keys=True))
+    found = _shelves.get(key)
+    if found is None:
+        found = _shelves[key] = Disk(place, mine, like, names)
     else:
-        found.expect(mine)
+        found.look()
     return found
 
 

@@ -23,12 +23,17 @@ def sealed(document: Mapping[str, Any]) -> bytes:
     return b"%s\n%s\n" % (xxhash.xxh3_64_hexdigest(text).encode(), text)
 
 
-def unsealed(path: Path) -> dict[str, Any]:
+def unsealed(path: Path, key: str) -> dict[str, Any]:
+    """Raises StorageError E404 when it is not what was sealed, or has no such key: then it is another file."""
     try:
         seal, _, text = path.read_bytes().partition(b"\n")
         if seal != xxhash.xxh3_64_hexdigest(text.removesuffix(b"\n")).encode():
             raise ValueError("it does not match its checksum")
         document: dict[str, Any] = json.loads(text)
+        if key not in document:
+            raise ValueError(f"it has no {key}, so it is another file")
+    except FileNotFoundError as error:
+        raise damaged(path, "it is missing") from error
     except (OSError, ValueError) as error:
         raise damaged(path, str(error)) from error
     return document

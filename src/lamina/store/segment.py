@@ -50,6 +50,10 @@ class Segment:
         if self._handle is not None:
             os.close(self._handle)
 
+    def look(self) -> None:
+        """How long it is by now: the process that began it may be appending."""
+        self.size = self.path.stat().st_size if self.path.exists() else 0
+
     def append(self, client: int, round: int, body: Tensor) -> tuple[int, int]:
         """Offset and checksum of the row. Nothing counts that was written by half."""
         assert self._handle is not None  # only to the segment it began does a shelf append
