@@ -158,6 +158,7 @@ CODECS: dict[str, wire.Codec] = {  # uplinks
     "fp16": wire.Dense("fp16"),
     "bf16": wire.Dense("bf16"),
     "int8": wire.Dense("int8"),
+    "int4": wire.Dense("int4"),
     "sign": wire.Dense("sign"),
     "topk": wire.TopK(0.1),
     "topk, global, int8": wire.TopK(0.1, scope="global", values="int8"),

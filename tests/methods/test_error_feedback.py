@@ -52,6 +52,7 @@ def test_without_it_the_small_entries_never_arrive():
     [
         lamina.wire.Dense("sign"),
         lamina.wire.Dense("int8"),
+        lamina.wire.Dense("int4"),
         lamina.wire.TopK(0.5, values="sign"),
         lamina.wire.RandomK(0.5),
     ],

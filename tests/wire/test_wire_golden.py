@@ -69,15 +69,30 @@ def test_top_k_under_a_mask_counts_kept_entries_and_names_the_mask():
     assert blob[32:].hex(" ") == "01 01 00 00 80 3f"
 
 
-def test_sparse_entries_of_a_longer_vector_are_gaps():
+def test_sparse_entries_of_a_longer_vector_are_runs():
+    """Divisor (199997 * 45426 + 3 * 65536) div (3 * 131072) = 23105, of 14 bits, short = 32768 - 23105 = 9663.
+
+    Gaps 3, 196 and 79799 = 3 * 23105 + 10484: quotients 0 0 3; 10484 is long, (10484 + 9663) = 2 * 10073 + 1.
+    """
     x = torch.zeros(100_000)
     x[[3, 200, 80_000]] = 1.0
     blob = encode({"x": x}, TopK(3e-5))
-    frame = blob[26 : 26 + blob[25]]
-    assert header(blob) == "46 4c 43 01 05 00 00 00"
-    assert blob[24] == 3
-    assert zstandard.decompress(frame).hex(" ") == "03 c4 01 b7 ef 04"  # 3; 196 = 0x44 + 1<<7; 79799
-    assert blob[26 + len(frame) :] == struct.pack("<3f", 1, 1, 1)
+    assert header(blob) == "46 4c 43 01 03 00 00 00"
+    # k = 3; 1 1 0001; low bytes of 3, 196, 10073 = 27 59; six high bits 0, 0, 27 = 39 at bit 12; the last bit
+    assert blob[24:33].hex(" ") == "03 23 03 c4 59 00 70 02 01"
+    assert blob[33:] == struct.pack("<3f", 1, 1, 1)
+    assert torch.equal(decode(blob, {"x": x})["x"], x)
+
+
+def test_gaps_are_leb128_in_a_frame():
+    """The first position, then distance - 1: 3; 196 = 0x44 + 1 << 7; 79799."""
+    x = torch.zeros(100_000)
+    x[[3, 200, 80_000]] = 1.0
+    frame = zstandard.compress(bytes.fromhex("03 c4 01 b7 ef 04"), 1)
+    body = b"\x03" + bytes([len(frame)]) + frame + struct.pack("<3f", 1, 1, 1)
+    front = bytes.fromhex("46 4c 43 01 05 00 00 00") + encode({"x": x}, Dense())[8:16]
+    checksum = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(front))
+    assert torch.equal(decode(front + checksum.to_bytes(8, "little") + body, {"x": x})["x"], x)
 
 
 def test_random_k_sends_a_seed():

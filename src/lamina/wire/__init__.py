@@ -1,26 +1,28 @@
 """The wire: trees to bytes and back, with every byte counted (format FLC1).
 
-`container` seals and opens blobs, `index` and `values` code what is in them, `codec` joins the two, `dense` and
-`sparse` are the codecs, `frame` packs several blobs into one message.
+`container` seals and opens blobs, `index` and `values` (with `exact`, `lossy`) code what is in them, `codec` joins the
+two, `dense` and `sparse` are the codecs, `frame` packs several blobs into one message.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
 from lamina.errors import ConfigError, WireError, meant
 from lamina.wire.codec import Codec, Context, Schema, Size, Spec, decode, encode, layout, schema_of, transmit
-from lamina.wire.dense import Dense
+from lamina.wire.dense import Dense, Mask
 from lamina.wire.sparse import RandomK, TopK
-from lamina.wire.values import VALUES
+from lamina.wire.values import CHOICES, named
 
 __all__ = [
     "CODECS",
     "Codec",
     "Context",
     "Dense",
+    "Mask",
     "RandomK",
     "Schema",
     "Size",
@@ -43,8 +45,8 @@ def parse(spec: str | Mapping[str, Any] | Codec) -> Codec:
 
     Args:
         spec: ``"int8"`` or ``"dense:int8"``; ``"topk:0.01"``, with ``:global``, ``:released``, ``:sign`` in any order;
-            ``"randomk:0.1"``; or a mapping ``{"name": "topk", "density": 0.01, "values": "sign"}``, whose name may be
-            any of these strings. A codec is returned as it is.
+            ``"randomk:0.1"``; ``"ring:24"``; or a mapping ``{"name": "topk", "density": 0.01, "values": "sign"}``,
+            whose name may be any of these strings. A codec is returned as it is.
 
     Raises:
         ConfigError: an unknown name, option or key, or a value out of range.
@@ -71,11 +73,11 @@ def parse(spec: str | Mapping[str, Any] | Codec) -> Codec:
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of ``name:option:option`` or of a bare value coding."""
-    name, *rest = text.split(":")
-    if name in VALUES:
+    name, *rest = re.split(r"(?<!\bring):", text)  # ring:24 is one word
+    if named(name) is not None:
         name, rest = "dense", [name, *rest]
     if name not in CODECS:
-        raise ConfigError(f"unknown codec {name!r}", remedy=_suggest(name, [*CODECS, *VALUES]))
+        raise ConfigError(f"unknown codec {name!r}", remedy=_suggest(name, [*CODECS, *CHOICES]))
     options: dict[str, Any] = {}
     for word in rest:
         key, value = _option(word, text)
@@ -87,7 +89,9 @@ def _read(text: str) -> tuple[str, dict[str, Any]]:
 
 def _option(word: str, text: str) -> tuple[str, Any]:
     choices = {"layer": "scope", "global": "scope", "exact": "keep", "released": "keep"}
-    choices |= dict.fromkeys(VALUES, "values")
+    choices |= dict.fromkeys(CHOICES, "values")
+    if named(word) is not None:
+        return "values", word
     if word in choices:
         return choices[word], word
     try:

@@ -20,7 +20,8 @@ from torch import Tensor
 from lamina.errors import WireError
 from lamina.tree import Params
 from lamina.wire import container, index, values
-from lamina.wire.container import HEADER, MASKED, SUBSET, Buffer, Header, Indices, Reader, Schema, Spec, schema_of
+from lamina.wire.coding import only
+from lamina.wire.container import HEADER, MASKED, REF, SUBSET, Buffer, Header, Indices, Reader, Schema, Spec, schema_of
 from lamina.wire.values import Coding, Vectors
 
 __all__ = ["Codec", "Context", "Schema", "Size", "Spec", "decode", "encode", "layout", "schema_of", "transmit"]
@@ -51,7 +52,8 @@ class Context:
     Args:
         schema: every tensor that could come, in order.
         mask: name -> bool tensor; a tensor without an entry is dense.
-        reference: a tree the receiver holds exactly. No coding uses it yet.
+        reference: a tree the receiver holds exactly, with every tensor that comes; ``lossless`` values may be coded by
+            their distance to it. Other values pay no heed to it.
         seed, purpose, round, client: the address from which `RandomK` draws; only the sender needs it.
     """
 
@@ -129,6 +131,20 @@ class Support:
     def total(self) -> int:
         return sum(self.counts)
 
+    @property
+    def extent(self) -> index.Extent:
+        return index.Extent(self.counts, self.rows)
+
+    def rows(self, tensor: int) -> Indices:
+        """Kept entries of each row along the first dimension that keeps any; without rows, all as one."""
+        spec, bits, count = self.specs[tensor], self.bits[tensor], self.counts[tensor]
+        if len(spec.shape) < 2 or not count:
+            return np.full(min(count, 1), count, np.int64)
+        if bits is None:
+            return np.broadcast_to(np.int64(count // spec.shape[0]), spec.shape[:1])
+        kept: Indices = np.count_nonzero(bits.reshape(spec.shape[0], -1), axis=1)
+        return kept[kept > 0]
+
     def unmasked(self) -> Support:
         """The same tensors with all of their entries."""
         return self if not self.mask else Support(Context(self.schema), self.names)
@@ -190,22 +206,35 @@ class Support:
         starts = np.cumsum([0, *self.counts], dtype=np.int64)[:-1].tolist()
         return np.concatenate([np.empty(0, np.int64), *(p + s for p, s in zip(positions, starts, strict=True))])
 
-    def head(self, sparse: bool) -> tuple[int, list[Buffer]]:
+    def base(self, reference: Params, positions: list[Indices] | None) -> Vectors:
+        """What `reference` has where entries travel."""
+        tensors = []
+        for name, spec in zip(self.names, self.specs, strict=True):
+            x = reference.get(name)
+            if x is None or x.shape != spec.shape or x.dtype != spec.dtype:
+                held = "none" if x is None else f"{tuple(x.shape)} {x.dtype}"
+                raise WireError(f"reference of {name}: {held}, expected {spec.shape} {spec.dtype}", code="E348")
+            tensors.append(x.detach())
+        return at(positions, self.gather(tensors))
+
+    def head(self, sparse: bool, reference_id: bytes) -> tuple[int, list[Buffer]]:
         """Flags and the parts between header and index section."""
+        reference = [reference_id] if reference_id else []
         present = set(self.names)
         subset = [container.write_subset([name in present for name in self.schema])] if self.partial else []
         mask = [self.mask_id()] if sparse and self.masked else []
-        return SUBSET * len(subset) | MASKED * len(mask), [*subset, *mask]
+        return REF * len(reference) | SUBSET * len(subset) | MASKED * len(mask), [*reference, *subset, *mask]
 
     def head_size(self, sparse: bool) -> int:
         return HEADER.size + (len(self.schema) + 7) // 8 * self.partial + 8 * (sparse and self.masked)
 
     def attribute(self, sent: Sent) -> Size:
         """Bytes by tensor."""
-        of_index = index.split(sent.index_id, sent.index_size, sent.counts, self.counts)
+        of_index = index.split(sent.index_id, sent.index_size, sent.index_own, sent.counts, self.counts)
         of_values = sent.coding.split(sent.values_size, sent.counts, self.dtypes)
         rows = {name: a + b for name, a, b in zip(self.names, of_index, of_values, strict=True)}
-        total = self.head_size(sent.index_id in index.SPARSE) + sent.index_size + sent.values_size
+        head = self.head_size(sent.index_id in index.SPARSE) + len(sent.coding.reference_id)
+        total = head + sent.index_size + sent.values_size
         return Size(rows, total - sum(rows.values()), dict(zip(self.names, sent.counts, strict=True)))
 
 
@@ -214,6 +243,7 @@ class Sent(NamedTuple):
 
     index_id: int
     index_size: int
+    index_own: Sequence[int]  # bytes of the index that are each tensor's own; empty: of no tensor
     coding: Coding
     values_size: int
     counts: list[int]  # entries sent of each tensor
@@ -226,14 +256,20 @@ class Selection(NamedTuple):
     index_id: int
     index_size: int
     section: bytes | None  # None: the id of the support's mask
+    index_own: Sequence[int] = ()  # bytes of the section that are each tensor's own
 
     def counts(self, support: Support) -> list[int]:
         return support.counts if self.positions is None else [len(p) for p in self.positions]
 
     def take(self, vectors: Vectors) -> Vectors:
-        if self.positions is None:
-            return vectors
-        return [x[torch.from_numpy(p)] for x, p in zip(vectors, self.positions, strict=True)]
+        return at(self.positions, vectors)
+
+
+def at(positions: list[Indices] | None, vectors: Vectors) -> Vectors:
+    """The entries at these positions of each vector (None: all)."""
+    if positions is None:
+        return vectors
+    return [x[torch.from_numpy(p)] for x, p in zip(vectors, positions, strict=True)]
 
 
 def everything(support: Support) -> Selection:
@@ -243,10 +279,10 @@ def everything(support: Support) -> Selection:
 
 def some(support: Support, positions: list[Indices], section: index.Section | None = None) -> Selection:
     """These kept entries of each tensor, their index coded as `section` or as is best."""
-    section = section or index.choose(support.flatten(positions), support.total)
+    section = section or index.choose(support.flatten(positions), support.extent)
     if section.id == index.DENSE:
         return everything(support)
-    return Selection(positions, section.id, len(section.body), section.body)
+    return Selection(positions, section.id, len(section.body), section.body, section.own)
 
 
 class Selecting(Codec, Protocol):
@@ -272,8 +308,9 @@ class Selecting(Codec, Protocol):
         support = Support(context, tree)
         vectors = support.gather(support.tensors(tree))
         selection = self.foresee(support, context) or self.select(support, vectors)
-        coding, section = values.write(self.values, selection.take(vectors))
-        flags, head = support.head(selection.index_id in index.SPARSE)
+        base = self._base(support, selection, context)
+        coding, section = values.write(self.values, selection.take(vectors), base)
+        flags, head = support.head(selection.index_id in index.SPARSE, coding.reference_id)
         body = support.mask_id() if selection.section is None else selection.section
         header = Header(selection.index_id, coding.id, flags)
         return container.seal(header, container.schema_id(context.schema), [*head, body, *section])
@@ -291,14 +328,20 @@ class Selecting(Codec, Protocol):
         vectors = support.gather(tensors)
         selection = selection or self.select(support, vectors)
         kept = selection.take(vectors)
-        coding, size = values.weigh(self.values, kept)
-        sent = Sent(selection.index_id, selection.index_size, coding, size, [len(x) for x in kept])
+        coding, size = values.weigh(self.values, kept, self._base(support, selection, context))
+        sent = Sent(selection.index_id, selection.index_size, selection.index_own, coding, size, [len(x) for x in kept])
         received = support.scatter(coding.transmit(kept), selection.positions)
         return {name: x.to(tree[name].device) for name, x in received.items()}, support.attribute(sent)
 
     def size(self, names: Iterable[str], context: Context) -> Size | None:
         support = Support(context, names)
         return self._foreseen_size(support, self.foresee(support, context))
+
+    def _base(self, support: Support, selection: Selection, context: Context) -> Vectors | None:
+        """What the receiver's reference has where entries travel, if there is one and it is of use."""
+        if context.reference is None or not values.refers(self.values, support.dtypes):
+            return None
+        return support.base(context.reference, selection.positions)
 
     def _transmit_each(
         self, support: Support, selection: Selection | None, tensors: Sequence[Tensor]
@@ -319,7 +362,8 @@ class Selecting(Codec, Protocol):
         size = coding.size(counts, support.dtypes)
         if size is None:
             return None
-        return support.attribute(Sent(selection.index_id, selection.index_size, coding, size, counts))
+        own = selection.index_own
+        return support.attribute(Sent(selection.index_id, selection.index_size, own, coding, size, counts))
 
 
 class Opened(NamedTuple):
@@ -329,6 +373,7 @@ class Opened(NamedTuple):
     positions: list[Indices] | None
     index_id: int
     index_size: int
+    index_own: Sequence[int]
     coding: Coding
     reader: Reader
 
@@ -342,12 +387,12 @@ class Opened(NamedTuple):
         return self.support.scatter(vectors, self.positions)
 
     def size(self) -> Size:
-        sent = Sent(self.index_id, self.index_size, self.coding, self.reader.left, self.counts)
+        sent = Sent(self.index_id, self.index_size, self.index_own, self.coding, self.reader.left, self.counts)
         return self.support.attribute(sent)
 
 
-Accept = tuple[frozenset[int], frozenset[int]]  # index ids, value ids
-EVERY_ID: Accept = (index.SPARSE | {index.DENSE, index.MASK_ID}, frozenset(values.CODINGS))
+Accept = tuple[frozenset[int], Mapping[int, Coding]]  # index ids; codings by value id
+EVERY_ID: Accept = (index.SPARSE | {index.DENSE, index.MASK_ID}, values.CODINGS)
 
 
 def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, accept: Accept = EVERY_ID) -> Opened:
@@ -361,6 +406,10 @@ def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, acce
     sparse = header.index_id in index.SPARSE
     if header.flags & MASKED and not sparse:
         raise WireError(f"flag MASKED with index id {header.index_id}", code="E344")
+    coding = accept[1][header.value_id]
+    if header.flags & REF and coding is not values.LOSSLESS:
+        raise WireError(f"flag REF with value id {header.value_id}", code="E344")
+    reference_id = bytes(reader.take(8, "reference id")) if header.flags & REF else b""
     names = container.read_subset(reader, context.schema) if header.flags & SUBSET else list(context.schema)
     support = Support(context, names)
     if header.flags & MASKED or header.index_id == index.MASK_ID:
@@ -368,9 +417,27 @@ def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, acce
     else:
         support = support.unmasked()
     start = reader.at
-    positions = support.partition(index.read(header.index_id, reader, support.total)) if sparse else None
+    found = index.read(header.index_id, reader, support.extent) if sparse else None
+    positions = support.partition(found.positions) if found else None
     size = 8 if header.index_id == index.MASK_ID else reader.at - start
-    return Opened(support, positions, header.index_id, size, values.CODINGS[header.value_id], reader)
+    if reference_id:
+        coding = check_reference(reference_id, context, support, positions)
+    own = found.own if found else ()
+    return Opened(support, positions, header.index_id, size, own, coding, reader)
+
+
+def check_reference(
+    sender: bytes, context: Context, support: Support, positions: list[Indices] | None
+) -> values.Distance:
+    """Distances to what the receiver's own reference has at these positions."""
+    only(support.dtypes, {torch.float32})
+    if context.reference is None:
+        raise WireError(f"coded against reference {sender.hex()}, the receiver holds none", code="E348")
+    coding = values.Distance(support.base(context.reference, positions))
+    if coding.reference_id != sender:
+        message = f"coded against reference {sender.hex()}, the receiver holds {coding.reference_id.hex()}"
+        raise WireError(message, code="E348", remedy="the sender is to send it again without a reference")
+    return coding
 
 
 def check_mask(reader: Reader, support: Support) -> None:
@@ -417,7 +484,8 @@ def encode(
         tree: parameter name -> tensor.
         codec: how.
         mask: name -> bool tensor, known to the receiver too: entries outside are not sent.
-        reference: a tree that the receiver holds exactly; no coding uses it yet.
+        reference: a tree that the receiver holds exactly: ``lossless`` values travel as their distance to it where
+            that is smaller.
         context: for a receiver that knows more tensors than these, and for the address of `RandomK`.
     """
     return codec.encode(tree, _context(tree, mask, reference, context))
@@ -437,12 +505,12 @@ def decode(
         blob: bytes from anywhere. Nothing larger than the schema implies is allocated because of them.
         like: the receiver's own schema, or a tree of that shape.
         mask: the mask both ends hold.
-        reference: not used yet.
+        reference: the tree that the sender took for one this receiver holds.
         max_bytes: refuse a longer blob unread.
 
     Raises:
         WireError: and nothing else. Code E340 length, E341 magic or version, E342 schema, E343 checksum, E344 an id
-            or flag that is not supported, E345 a section, E346 mask, E347 compression.
+            or flag that is not supported, E345 a section, E346 mask, E347 compression, E348 reference.
     """
     return open_blob(blob, Context(schema_of(like), mask, reference), max_bytes=max_bytes).tree()
 

@@ -5,10 +5,10 @@ bit i is bit (i mod 8) of byte (i div 8) and padding bits are zero::
 
     0   3  magic "FLC"            8  8  schema id, BLAKE2b-64 (see `schema_id`)
     3   1  version = 1           16  8  XXH3-64 of the bytes from 24 on, seeded with the XXH3-64 of bytes 0..15
-    4   1  index id              24     [SUBSET: ceil(T/8) bytes, which of the T tensors of the schema are here]
-    5   1  value id                     [MASKED: 8 bytes, id of the mask whose kept entries the indices count]
-    6   1  flags                        index section (index.py)
-    7   1  reserved = 0                 value section (values.py); nothing may follow
+    4   1  index id              24     [REF: 8 bytes, XXH3-64 of the reference's entries at the positions that travel]
+    5   1  value id                     [SUBSET: ceil(T/8) bytes, which of the T tensors of the schema are here]
+    6   1  flags                        [MASKED: 8 bytes, id of the mask whose kept entries the indices count]
+    7   1  reserved = 0                 index section (index.py), value section (values.py); nothing may follow
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ MAGIC = b"FLC"
 VERSION = 1
 HEADER = struct.Struct("<3sBBBBB8sQ")
 
-# Flags. REF, MAC and SCALARS are named by the format and refused by this reader; MASKED is our addition: sparse indices
+# Flags. MAC and SCALARS are named by the format and refused by this reader; MASKED is our addition: sparse indices
 # under a mask are meaningless without the same mask, and no other field would notice.
 REF, SUBSET, MAC, SCALARS, MASKED = 1, 2, 4, 8, 16
-KNOWN_FLAGS = SUBSET | MASKED
+KNOWN_FLAGS = REF | SUBSET | MASKED
 
 # Code of each dtype in the schema id; a dtype that is not here does not travel.
 DTYPES: dict[torch.dtype, int] = {

@@ -1,14 +1,21 @@
 """Index codings: which entries of the flat vector of n kept entries travel. The positions ascend.
 
-====  ===========  ====================================================================================
- id   name         section
-====  ===========  ====================================================================================
-  0   dense        empty: all of them
-  1   mask id      8 bytes, id of a mask both ends hold: all of its entries
-  2   bitmap       uv k; ceil(n/8) bytes
-  5   gaps         uv k; if k > 0: uv L; a zstd frame of the k gaps in LEB128 (first position, then distance - 1)
-  8   drawn        uv k; u64 seed: the positions are `draw(n, k, seed)`
-====  ===========  ====================================================================================
+====  ============  ====================================================================================
+ id   name          section
+====  ============  ====================================================================================
+  0   dense         empty: all of them
+  1   mask id       8 bytes, id of a mask both ends hold: all of its entries
+  2   bitmap        uv k; ceil(n/8) bytes
+  3   RR-flat       uv k; a body over one segment of n entries (`lamina.wire.rice`)
+  4   RR-mixed      uv k; ceil(T/8) bytes, bit t = by row; per tensor present: uv k_t, or the counts of its rows;
+                    a body over a segment per tensor, or per row of it
+  5   gaps          uv k; if k > 0: uv L; a zstd frame of the k gaps in LEB128 (first position, then distance - 1)
+  6   bitmap+zstd   uv k; uv L; a zstd frame of the ceil(n/8) bytes of the bitmap
+  8   drawn         uv k; u64 seed: the positions are `draw(n, k, seed)`
+====  ============  ====================================================================================
+
+Rows are those along the first dimension; under a mask the kept entries of each row that keeps any, so that a pruned row
+costs nothing and both ends count alike. A tensor of fewer than two dimensions has none.
 
 A further coding is a row here, a branch of `read`, and a candidate in `choose`.
 """
@@ -16,7 +23,10 @@ A further coding is a row here, a branch of `read`, and a candidate in `choose`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -24,63 +34,165 @@ import torch
 from numpy.typing import NDArray
 
 from lamina.errors import WireError
+from lamina.wire import rice
 from lamina.wire.container import Indices, Reader, compress, decompress, pack_bits, refuse, share, unpack_bits, uv
 
-DENSE, MASK_ID, BITMAP, GAPS, DRAWN = 0, 1, 2, 5, 8
-SPARSE = frozenset({BITMAP, GAPS, DRAWN})
+DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN = 0, 1, 2, 3, 4, 5, 6, 8
+CHOSEN = frozenset({BITMAP, FLAT, MIXED, GAPS, SQUEEZED})  # what `choose` takes when something is left out
+SPARSE = CHOSEN | {DRAWN}
 LONGEST = 1 << 31  # entries a sparse message may range over: keeps gaps in 5 bytes and their sums in 63 bits
 
 
+@dataclass(frozen=True)
+class Extent:
+    """What the positions range over: kept entries, tensor by tensor and row by row.
+
+    Args:
+        lengths: entries of each tensor.
+        rows: i -> entries of each row of tensor i that has any; all of them as one row if it has no rows.
+    """
+
+    lengths: Sequence[int]
+    rows: rice.Rows
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+
 class Section(NamedTuple):
-    """An index section: its id and its bytes."""
+    """An index section: its id, its bytes, and how many of these are each tensor's own (none: of no tensor)."""
 
     id: int
     body: bytes
+    own: Sequence[int] = ()
 
 
-def choose(positions: Indices, n: int) -> Section:
-    """The smaller of bitmap and gaps, the lower id when equal; dense when nothing is left out."""
-    if len(positions) == n:
+class Found(NamedTuple):
+    """What a section said: the positions, and how many of its bytes are each tensor's own."""
+
+    positions: Indices
+    own: Sequence[int] = ()
+
+
+class Candidate(NamedTuple):
+    """A coding whose size is known before it is written."""
+
+    size: int
+    id: int
+    write: Callable[[], bytes]
+    own: Sequence[int] = ()
+
+
+def choose(positions: Indices, extent: Extent) -> Section:
+    """The smallest coding, the lowest id of equal ones; dense when nothing is left out.
+
+    Bitmap and runs are compared by size and only the best of them is written. zstd, whose size shows when it is done,
+    is tried where it may pay (`worth_squeezing`).
+    """
+    n, k = extent.total, len(positions)
+    if k == n:
         return Section(DENSE, b"")
     refuse(n > LONGEST, f"sparse message over {n} entries: at most {LONGEST}")
-    gaps = write_gaps(positions)
-    bitmap_size = len(uv(len(positions))) + (n + 7) // 8
-    return Section(GAPS, gaps) if len(gaps) < bitmap_size else Section(BITMAP, write_bitmap(positions, n))
+    best = min(candidates(positions, extent), key=lambda c: (c.size, c.id))
+    squeezed: list[Section] = []
+    if worth_squeezing(n, k, best.size):
+        if DENSEST * k <= n:
+            squeezed.append(Section(GAPS, write_gaps(positions)))
+        if SPARSEST * k > n:
+            squeezed.append(Section(SQUEEZED, write_squeezed(positions, n)))
+    smaller = [s for s in squeezed if (len(s.body), s.id) < (best.size, best.id)]
+    if smaller:
+        return min(smaller, key=lambda s: (len(s.body), s.id))
+    return Section(best.id, best.write(), best.own)
 
 
-def read(id: int, reader: Reader, n: int) -> Indices:
+def candidates(positions: Indices, extent: Extent) -> list[Candidate]:
+    """The codings whose sizes have a closed form."""
+    n, k = extent.total, len(positions)
+    count = uv(k)
+    flat = rice.measure(positions, np.array([n]), np.array([k]))
+    mixed = rice.mix(positions, extent.lengths, extent.rows)
+    return [
+        Candidate(len(count) + (n + 7) // 8, BITMAP, partial(write_bitmap, positions, n)),
+        Candidate(len(count) + flat.size, FLAT, lambda: count + flat.write()),
+        Candidate(len(count) + mixed.size, MIXED, lambda: count + mixed.write(), [len(head) for head in mixed.heads]),
+    ]
+
+
+DENSEST = 4  # above a share of 1/4 gaps take twice the bytes of the bitmap before either is squeezed
+FEW = 1 << 12  # positions that zstd goes through in no time
+SPARSEST = 1 << 10  # below this share a bitmap takes longer to go through than the gaps, and squeezes no better
+
+
+def worth_squeezing(n: int, k: int, size: int) -> bool:
+    """Whether to try zstd: few positions, many, or fewer bytes already than positions at random take."""
+    return k <= FEW or 20 * k > n or 8 * size < 0.97 * log2_choose(n, k)
+
+
+def log2_choose(n: int, k: int) -> float:
+    """log2 of the number of sets of k out of n."""
+    return (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)) / math.log(2)
+
+
+def read(id: int, reader: Reader, extent: Extent) -> Found:
     """The positions of a sparse section."""
+    n = extent.total
     if n > LONGEST:
         raise WireError(f"sparse message over {n} entries: at most {LONGEST}", code="E345")
     k = reader.uv("index count", most=n)
     if id == BITMAP:
-        return read_bitmap(reader, k, n)
+        return Found(read_bitmap(reader.take((n + 7) // 8, "bitmap"), k, n))
+    if id == FLAT:
+        return Found(rice.read_body(reader, np.array([n]), np.array([k])))
+    if id == MIXED:
+        return Found(*rice.read_mixed(reader, k, extent.lengths, extent.rows))
     if id == GAPS:
-        return read_gaps(reader, k, n)
+        return Found(read_gaps(reader, k, n))
+    if id == SQUEEZED:
+        return Found(read_squeezed(reader, k, n))
     if id == DRAWN:
-        return draw(n, k, int.from_bytes(reader.take(8, "index seed"), "little"))
+        return Found(draw(n, k, int.from_bytes(reader.take(8, "index seed"), "little")))
     raise WireError(f"index id {id} unknown", code="E344")
 
 
-def split(id: int, size: int, counts: list[int], lengths: list[int]) -> list[int]:
-    """Bytes of the section per tensor: a bitmap is shared by entries it ranges over, gaps by entries they name."""
-    if id in (BITMAP, GAPS):
-        return share(size, lengths if id == BITMAP else counts)
-    return [0 for _ in counts]
+def split(id: int, size: int, own: Sequence[int], counts: list[int], lengths: list[int]) -> list[int]:
+    """Bytes of the section per tensor: its own, and its share of the rest.
+
+    A bitmap is shared by the entries it ranges over, runs and gaps by the entries they name.
+    """
+    if id not in CHOSEN:
+        return [0 for _ in counts]
+    shares = share(size - sum(own), lengths if id in (BITMAP, SQUEEZED) else counts)
+    return [a + b for a, b in zip(own, shares, strict=True)] if own else shares
 
 
 def write_bitmap(positions: Indices, n: int) -> bytes:
+    return uv(len(positions)) + bitmap(positions, n)
+
+
+def bitmap(positions: Indices, n: int) -> bytes:
     bits = np.zeros(n, np.bool_)
     bits[positions] = True
-    return uv(len(positions)) + pack_bits(bits)
+    return pack_bits(bits)
 
 
-def read_bitmap(reader: Reader, k: int, n: int) -> Indices:
-    bits = unpack_bits(reader.take((n + 7) // 8, "bitmap"), n, "bitmap")
-    positions = np.flatnonzero(bits)
-    if len(positions) != k:
-        raise WireError(f"bitmap of {len(positions)} entries declared {k}", code="E345")
-    return positions
+def read_bitmap(view: memoryview, k: int, n: int) -> Indices:
+    bits = unpack_bits(view, n, "bitmap")
+    if int(np.count_nonzero(bits)) != k:
+        raise WireError(f"bitmap of {int(np.count_nonzero(bits))} entries declared {k}", code="E345")
+    return np.flatnonzero(bits)
+
+
+def write_squeezed(positions: Indices, n: int) -> bytes:
+    frame = compress(np.frombuffer(bitmap(positions, n), np.uint8))
+    return uv(len(positions)) + uv(len(frame)) + frame
+
+
+def read_squeezed(reader: Reader, k: int, n: int) -> Indices:
+    size = (n + 7) // 8
+    frame = reader.take(reader.uv("bitmap length", most=reader.left), "bitmap")
+    return read_bitmap(decompress(frame, size, size, "bitmap").data, k, n)
 
 
 def write_gaps(positions: Indices) -> bytes:

@@ -58,7 +58,7 @@ class TopK(Selecting):
 
     @property
     def indices(self) -> frozenset[int]:
-        return frozenset({index.DENSE, index.MASK_ID, index.BITMAP, index.GAPS})
+        return index.CHOSEN | {index.DENSE, index.MASK_ID}
 
     def foresee(self, support: Support, context: Context) -> Selection | None:
         lengths = support.counts if self.scope == "layer" else [support.total]
