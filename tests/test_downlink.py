@@ -189,7 +189,7 @@ def test_a_plan_that_changes_on_the_wire_stops_the_run() -> None:
     """Under through_bytes what arrives is compared with what every client is said to hold."""
     fed = cases.federation()
     plan = fed._plan(*fed.initial, 0, fed.local.lr, 3)
-    broadcast = Broadcast(plan, wire.Dense(), wire.schema_of(plan.params), True)
+    broadcast = Broadcast(plan, wire.Dense(), wire.schema_of(plan.params), frame.in_memory)
     broadcast.plan = replace(broadcast.plan, params={n: x + 1 for n, x in plan.params.items()})
     with pytest.raises(RunError, match="params changed on the wire") as caught:
         broadcast.sizes(broadcast.lacking({}), -1)

@@ -322,6 +322,60 @@ def compare(
         _say(out, terminal.comparison(rows, terminal.width_of(out)))
 
 
+@app.command()
+@_guarded
+def verify(
+    path: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    wire: Annotated[
+        bool, typer.Option("--wire", help="Make its last rounds once more, every frame through a socket.")
+    ] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="With --wire: all its rounds.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="With --wire: a line per layer.")] = False,
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Whether a run's files agree with each other, and its ledger with what a socket carries."""
+    from lamina import runs, terminal
+    from lamina import verify as verifying
+
+    if (afresh or layers) and not wire:
+        raise ConfigError(f"{'--afresh' if afresh else '--layers'} is of --wire", where="command line")
+    folder = _find(path, runs.runs_root(run_dir))
+    out = terminal.console(no_color=no_color)
+    width = terminal.width_of(out)
+    checks = verifying.files(folder)
+    problems = [f"{check.file}: {check.problem}" for check in checks if check.problem]
+    code = "E404"
+    if json:
+        for check in checks:
+            terminal.emit({"event": "file", **check._asdict()})
+    else:
+        _say(out, verifying.files_table(checks, width))
+    if wire:
+
+        def note(text: str) -> None:
+            if json:
+                terminal.emit({"event": "note", "text": text})
+            else:
+                _say(out, ["", f"  {text}"])
+
+        resent = verifying.resend(folder, afresh=afresh, say=note)
+        code = code if problems else "E407"
+        problems += resent.problems
+        if json:
+            for event in resent.events(layers):
+                terminal.emit(event)
+        else:
+            _say(out, verifying.wire_table(resent, width))
+            _say(out, verifying.layers_table(resent, width) if layers else [])
+    if json:
+        terminal.emit({"event": "verified", "run": str(folder), "problems": problems})
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise StorageError(f"{problems[0]}{more}", code=code, where=str(folder))
+
+
 LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "recipes", "runs")
 
 

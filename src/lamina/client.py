@@ -112,7 +112,7 @@ class Setup(NamedTuple):
     buffers: str  # policy: "average" | "keep" | "skip"
     moments: bool
     seed: int
-    through_bytes: bool  # really encode and decode every plan, message and state
+    carry: frame.Carry | None  # takes every frame, so plans, messages and states are really encoded; None: they are not
 
 
 class Reply(NamedTuple):
@@ -257,7 +257,7 @@ class Trained(NamedTuple):
 def client_round(trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row) -> Reply:
     """One client's part of a round, the whole of it, as it runs in every engine and on a real network."""
     method = setup.method
-    if setup.through_bytes:
+    if setup.carry is not None:
         row = _through_bytes(row)
     start = method.begin(row.method, plan, plan.params)
     buffers = row.buffers if setup.buffers == "keep" and row.buffers else plan.buffers
@@ -297,7 +297,7 @@ def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Rep
     raw, loss = trainer.gradient(x, y)
     grads = {name: g.contiguous() for name, g in zip(trainer.params, raw, strict=True)}
     message = setup.method.probe(plan.params, grads)
-    post = _Post(plan, client, setup.through_bytes)
+    post = _Post(plan, client, setup.carry)
     for tree, content in message.items():
         post.send(tree, DENSE, content, wire.Context(wire.schema_of(content)))
     received, _ = post.delivered({"loss": float(loss)})
@@ -310,18 +310,18 @@ DENSE = wire.Dense()
 class _Post:
     """One message on its way up, tree by tree, and what it weighs."""
 
-    def __init__(self, plan: Plan, client: int, through_bytes: bool):
+    def __init__(self, plan: Plan, client: int, carry: frame.Carry | None):
         self.sizes: dict[str, wire.Size] = {}
         self._plan = plan
         self._client = client
-        self._really = through_bytes
+        self._carry = carry
         self._received: Message = {}
         self._blobs: dict[str, bytes] = {}
         self._coding: dict[str, tuple[wire.Codec, wire.Context]] = {}
 
     def send(self, tree: str, codec: wire.Codec, content: Params, context: wire.Context) -> Params:
         """What the server will decode of this tree."""
-        if self._really:
+        if self._carry is not None:
             self._coding[tree] = codec, context
             self._blobs[tree] = codec.encode(content, context)
             self.sizes[tree] = wire.layout(self._blobs[tree], context)
@@ -334,10 +334,10 @@ class _Post:
         """The whole message as it arrives, in its frame; the frame's own bytes are the size ""."""
         lengths = {tree: size.total for tree, size in self.sizes.items()}
         self.sizes[""] = wire.Size({}, frame.overhead("message", scalars, lengths), {})
-        if not self._really:
+        if self._carry is None:
             return self._received, scalars
         blob = frame.pack(frame.Frame("message", self._plan.round, self._client, scalars, self._blobs))
-        arrived = frame.unpack(blob)
+        arrived = frame.unpack(self._carry("message", blob))
         trees = {t: codec.decode(arrived.sections[t], context) for t, (codec, context) in self._coding.items()}
         return trees, arrived.scalars
 
@@ -346,7 +346,7 @@ def transmit_message(
     message: Message, setup: Setup, plan: Plan, client: int, loss: float
 ) -> tuple[Message, dict[str, wire.Size]]:
     """What the server will decode, and the exact bytes of every tree. The uplink codes "update"; the rest is raw."""
-    post = _Post(plan, client, setup.through_bytes)
+    post = _Post(plan, client, setup.carry)
     for tree, content in message.items():
         if tree == "update":
             schema = wire.schema_of(plan.params)

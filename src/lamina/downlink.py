@@ -54,19 +54,27 @@ def codes_values(codec: wire.Codec) -> bool:
 class Broadcast:
     """One round's plan on its way down.
 
+    Args:
+        carry: takes every client's plan to it, so each is really encoded; None: they are measured.
+
     Attributes:
         plan: as clients decode it. The codec codes each value once per version, so all holders have the same bits.
         tags: "tree/name" -> tag of the server's value.
     """
 
     def __init__(
-        self, plan: Plan, codec: wire.Codec, schema: wire.Schema, through_bytes: bool, change: Change | None = None
+        self,
+        plan: Plan,
+        codec: wire.Codec,
+        schema: wire.Schema,
+        carry: frame.Carry | None,
+        change: Change | None = None,
     ):
         self._codec = codec if codes_values(codec) else _RAW
         self._step_codec = codec
         self._change = change if change is not None and change.codec == repr(codec) else None
         self._schema = schema
-        self._through_bytes = through_bytes
+        self._carry = carry
         self._server = plan
         self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
         self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
@@ -74,7 +82,7 @@ class Broadcast:
         params = plan.params if exact else self._codec.transmit(plan.params, self._context("params"))[0]
         # A client knows what travels: not the seed, from which only server hooks draw.
         self.plan = replace(plan, params=params, seed=0)
-        if through_bytes:
+        if carry is not None:
             self.plan = self._decoded()
         self._known: dict[tuple[str, ...], dict[str, wire.Size]] = {}
 
@@ -86,10 +94,12 @@ class Broadcast:
             return lacking
         return (_CHANGE, *(key for key in lacking if not key.startswith("params/")))
 
-    def sizes(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
+    def sizes(self, lacking: tuple[str, ...], accepted: int, client: int = 0) -> dict[str, wire.Size]:
         """Exact bytes, tree by tree, of the plan for a client that lacks these; "" is the frame."""
+        if self._carry is not None:
+            return self._delivered(lacking, accepted, client, self._carry)
         if lacking not in self._known:
-            self._known[lacking] = self._encode(lacking, accepted) if self._through_bytes else self._measure(lacking)
+            self._known[lacking] = self._measure(lacking)
         return self._known[lacking]
 
     def _measure(self, lacking: tuple[str, ...]) -> dict[str, wire.Size]:
@@ -100,9 +110,14 @@ class Broadcast:
         lengths = {t: s.total for t, s in sizes.items()} | {"upload": len(self._upload())}
         return sizes | {"": wire.Size({}, frame.overhead("plan", self._scalars(0), lengths) + lengths["upload"], {})}
 
-    def _encode(self, lacking: tuple[str, ...], accepted: int) -> dict[str, wire.Size]:
-        """The same by really encoding it, and comparing what arrives with what every client is said to hold."""
-        blob, arrived = self._post(lacking, accepted)
+    def _delivered(
+        self, lacking: tuple[str, ...], accepted: int, client: int, carry: frame.Carry
+    ) -> dict[str, wire.Size]:
+        """The same by really sending it, and comparing what arrives with what every client is said to hold."""
+        blob = self._packed(lacking, accepted, client)
+        arrived = frame.unpack(carry("plan", blob))
+        if arrived.sections["upload"] != self._upload():  # all else has a checksum
+            raise RunError(f"round {self._server.round}: what the plan asks for changed on the wire", code="E343")
         sizes = {}
         for tree in self._parts(lacking):
             decoded = self._coder(tree).decode(arrived.sections[tree], self._context(tree))
@@ -119,8 +134,8 @@ class Broadcast:
         return self.plan.params if tree == "params" else self._trees[tree]
 
     def _decoded(self) -> Plan:
-        """The plan as a newcomer reads it from bytes."""
-        _, arrived = self._post(tuple(self.tags), -1)
+        """The plan as a newcomer reads it from bytes. It is sent to nobody."""
+        arrived = frame.unpack(self._packed(tuple(self.tags), -1, 0))
         trees: Message = {tree: {} for tree in self._trees}
         for tree, blob in arrived.sections.items():
             if tree != "upload":
@@ -143,12 +158,11 @@ class Broadcast:
             config=numbers,
         )
 
-    def _post(self, lacking: tuple[str, ...], accepted: int) -> tuple[bytes, frame.Frame]:
-        """The plan's bytes for a client that lacks these, and the frame that arrives."""
+    def _packed(self, lacking: tuple[str, ...], accepted: int, client: int) -> bytes:
+        """The plan's frame for a client that lacks these."""
         blobs = {t: self._coder(t).encode(x, self._context(t)) for t, x in self._parts(lacking).items()}
         sections = blobs | {"upload": self._upload()}
-        blob = frame.pack(frame.Frame("plan", self._server.round, 0, self._scalars(accepted), sections))
-        return blob, frame.unpack(blob)
+        return frame.pack(frame.Frame("plan", self._server.round, client, self._scalars(accepted), sections))
 
     def _parts(self, lacking: tuple[str, ...]) -> Message:
         wanted = set(lacking)

@@ -178,8 +178,9 @@ class Federation:
         self._judges = accuracy_before
         moments = diagnostics or self.method.needs_moments
         self._setup = Setup(
-            data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, through_bytes
-        )
+            data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed,
+            frame.in_memory if through_bytes else None,
+        )  # fmt: skip
         buffers_now = {n: b.clone() for n, b in self._trainer.buffers.items()}
         self.initial = Initial(self._trainer.snapshot(), buffers_now)
         like = Row(self.method.init_client(self.initial.params), {})
@@ -219,6 +220,16 @@ class Federation:
         from lamina.runs import fit  # the one import from a higher level, so that `fed.fit` can exist
 
         return fit(self, rounds, out, **options)
+
+    def over(self, carry: frame.Carry) -> Federation:
+        """The same with every plan and message really encoded and taken by `carry`, in this process: engine "loop" for
+        "processes". What its clients remember stays in memory, so a run that is looked at again is not written to."""
+        made = copy.copy(self)
+        made._setup = self._setup._replace(carry=carry)
+        made.store = ClientStore()
+        if self.engine == "processes":
+            made.engine, made.workers = "loop", 1
+        return made
 
     def start(self, engine: Engine) -> tuple[State, Books]:
         """The state before round 0: the method's states, its probe and its setup."""
@@ -360,7 +371,7 @@ class Federation:
         )
 
     def _broadcast(self, plan: Plan, change: Change | None = None) -> Broadcast:
-        return Broadcast(plan, self.downlink, self._schema, self._setup.through_bytes, change)
+        return Broadcast(plan, self.downlink, self._schema, self._setup.carry, change)
 
     def _collect(
         self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
@@ -382,7 +393,7 @@ class Federation:
             c = reply.client
             before = store.entry(c)
             lacking = broadcast.lacking(before.held)
-            down = books.sent(phase, "down", broadcast.sizes(lacking, before.accepted))
+            down = books.sent(phase, "down", broadcast.sizes(lacking, before.accepted, c))
             up = books.sent(phase, "up", reply.sizes)
             books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
             if reply.refused is not None:
@@ -403,7 +414,7 @@ class Federation:
     def _fedavg_bytes(self) -> tuple[int, int]:
         """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
         params, buffers = self.initial
-        plan = Broadcast(self._plan(params, buffers, 0, self.local.lr, self.cohort), wire.Dense(), self._schema, False)
+        plan = Broadcast(self._plan(params, buffers, 0, self.local.lr, self.cohort), wire.Dense(), self._schema, None)
         down = sum(size.total for size in plan.sizes(plan.lacking({}), -1).values())
         trees = {"update": params}
         if self.buffers == "average" and buffers:

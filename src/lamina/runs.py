@@ -330,6 +330,12 @@ def resume(
         return _drive(fed, book, again, total - at, watcher)
 
 
+def rebuilt(run: Run) -> tuple[Federation, str | None]:
+    """The federation that a run was made by, if nothing that changes the result is other than it was, and what must be
+    said about the engine. Raises StorageError E405."""
+    return _as_it_began(run, None if run._fed is not None else run._config(), run.info["rounds"])
+
+
 def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federation, str | None]:
     """The federation to go on with, if nothing that changes the result is other than when the run began, and what must
     be said about the engine. Raises StorageError E405."""
