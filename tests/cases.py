@@ -182,6 +182,9 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of Federation: what a method needs, or
     },
 }
 
+LOSSLESS = wire.Dense("lossless")  # as a downlink: distances to what a client holds
+SENT_LOSSLESS = ("fedavg", "fedlama, scaffold", "ssfl, fedlama", "feddst", "personal")  # where laws try it
+
 # ---- models
 
 
@@ -319,6 +322,7 @@ def everything(state: State) -> dict[str, Any]:
         "bytes": (state.bytes_up, state.bytes_down),
         "round": state.round,
         "change": None if state.change is None else (state.change.base, bits(state.change.step)),
+        "past": [(version.tags, bits(version.params)) for version in state.past],
         "observed": (bits(state.observed.reference), state.observed.elapsed),
     }
 

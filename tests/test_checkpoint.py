@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cases
 from lamina import (
@@ -26,6 +28,7 @@ from lamina import (
     State,
     StorageError,
     checkpoint,
+    wire,
 )
 
 
@@ -61,6 +64,31 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         row, other = (s.clients.get(next(iter(s.clients))).row for s in (state, again))
         assert type(other) is type(row)
         assert type(other.method) is type(row.method)
+
+
+def test_the_parameters_sent_before_are_kept_where_their_distance_goes_down(tmp_path: Path) -> None:
+    fed = cases.federation(FedLAMA(phi=2), downlink=wire.Dense("lossless"))
+    path = checkpoint.commit(cases.states(fed, 3)[-1], tmp_path)
+    past = [key for key in load_file(path / "model.safetensors") if key.startswith("past/")]
+    assert sorted(past) == sorted(f"past/{i}/{name}" for i in (0, 1) for name in fed.initial.params)
+    again, _ = checkpoint.read(path, fed)
+    assert [list(version.params) for version in again.past] == [list(fed.initial.params)] * 2
+
+
+def test_a_checkpoint_of_before_they_were_kept_is_read(tmp_path: Path) -> None:
+    """The run goes on without them, and its model is the same."""
+    fed = cases.federation(FedLAMA(phi=2), downlink=wire.Dense("lossless"))
+    *_, second, third = cases.states(fed, 3)
+    path = checkpoint.commit(second, tmp_path)
+    document = json.loads((path / "state.json").read_text())
+    del document["past"]
+    (path / "state.json").write_text(json.dumps(document))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    again, _ = checkpoint.read(path, fed)
+    assert again.past == ()
+    assert cases.learned(cases.states(fed, 1, again)[-1]) == cases.learned(third)
 
 
 def test_a_state_before_the_first_round_can_be_kept(tmp_path: Path) -> None:

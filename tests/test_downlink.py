@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lamina import (
     Federation,
     FedLAMA,
     LocalOnly,
+    LocalSGD,
     Message,
     Method,
     Params,
@@ -25,7 +27,7 @@ from lamina import (
     Work,
     wire,
 )
-from lamina.downlink import Broadcast, tag
+from lamina.downlink import HISTORY, Broadcast, Version, tag
 from lamina.wire import frame
 
 
@@ -192,5 +194,141 @@ def test_a_plan_that_changes_on_the_wire_stops_the_run() -> None:
     broadcast = Broadcast(plan, wire.Dense(), wire.schema_of(plan.params), frame.in_memory)
     broadcast.plan = replace(broadcast.plan, params={n: x + 1 for n, x in plan.params.items()})
     with pytest.raises(RunError, match="params changed on the wire") as caught:
-        broadcast.sizes(broadcast.lacking({}), -1)
+        broadcast.sizes({}, -1)
     assert caught.value.code == "E343"
+
+
+# ---- lossless: the distance to what a client holds
+
+LOSSLESS = wire.Dense("lossless")
+SLOW = LocalSGD(lr=1e-3, batch_size=8)
+
+
+class Sent(NamedTuple):
+    """What one client's parameters took on the way down, and would have taken by each way."""
+
+    age: int | None  # rounds since it last was in a cohort; None: a newcomer
+    size: int
+    planes: int
+    distance: int | None  # to what it holds
+
+
+@cache
+def plans() -> tuple[tuple[Sent, ...], ...]:
+    """By round: FedAvg with 2 of 5 clients, a model without buffers that moves slowly."""
+    fed = cases.federation(model="small", cohort=2, local=SLOW, downlink=LOSSLESS)
+    versions, seen, rounds = [fed.initial.params], {}, []
+    for t, (state, record) in enumerate(fed.run(14)):
+        sent = []
+        for client, size in down(record).items():
+            age = t - seen[client] if client in seen else None
+            base = None if age is None else versions[seen[client]]
+            planes = len(wire.encode(versions[t], LOSSLESS))
+            distance = None if base is None else len(wire.encode(versions[t], LOSSLESS, reference=base))
+            (own,) = (n for n in {planes, distance} - {None} if size == n + bare({"params": n}))
+            sent.append(Sent(age, own, planes, distance))
+        seen |= dict.fromkeys(record.cohort, t)
+        versions.append(state.params)
+        rounds.append(tuple(sent))
+    return tuple(rounds)
+
+
+def sent(*ages: int | None) -> list[Sent]:
+    found = [one for plan in plans() for one in plan if one.age in ages]
+    assert found
+    return found
+
+
+def test_who_was_there_in_one_of_the_last_two_rounds_is_sent_the_distance() -> None:
+    for one in (*sent(1), *sent(2)):
+        assert one.size == one.distance < one.planes
+
+
+def test_who_missed_two_rounds_or_more_is_sent_planes() -> None:
+    """The distance to what it holds would be shorter, but the server has forgotten that."""
+    late = [one for plan in plans() for one in plan if one.age and one.age > HISTORY]
+    assert {one.age for one in late} >= {3, 4}
+    for one in late:
+        assert one.size == one.planes > (one.distance or 0)
+
+
+def test_a_newcomer_is_sent_planes() -> None:
+    newcomers = sent(None)
+    assert len(newcomers) == 5
+    assert all(one.size == one.planes for one in newcomers)
+
+
+def test_two_clients_of_a_round_with_different_bases_pay_different_bytes() -> None:
+    pairs = [plan for plan in plans() if {one.age for one in plan} == {1, 2}]
+    assert pairs
+    for a, b in pairs:
+        assert a.planes == b.planes
+        assert a.size != b.size
+
+
+@dataclass(frozen=True)
+class Refused(FedAvg):
+    """What a client with a single local step sends is not finite."""
+
+    def report(self, client: Any, plan: Plan, work: Work, message: Message) -> tuple[Message, Any]:
+        bad = {name: x + torch.nan for name, x in message["update"].items()} if int(work.steps) == 1 else {}
+        return {**message, "update": message["update"] | bad}, client
+
+
+def test_who_was_refused_holds_what_it_was_sent() -> None:
+    fed = cases.federation(Refused(), model="small", cohort="all", local=SLOW, downlink=LOSSLESS)
+    _, (first, second) = cases.finish(fed, 2)
+    assert [c.name for c in first.clients if c.refused] == ["dan"]
+    assert len({*down(second).values()}) == 1
+    assert max(down(second).values()) < min(down(first).values())
+
+
+def test_the_same_parameters_cut_by_another_mask_are_no_base() -> None:
+    """Who was sent them under a mask of the even entries has 0 at the odd ones, which the next plan is about."""
+    fed = cases.federation(model="small")
+    plan = fed._plan(*fed.initial, 0, fed.local.lr, 3)
+    even = {name: torch.arange(x.numel()).reshape(x.shape) % 2 == 0 for name, x in plan.params.items()}
+    odd = {name: ~x for name, x in even.items()}
+
+    def under(mask: Params, scale: float, *past: Version) -> Broadcast:
+        params = {name: x * scale for name, x in plan.params.items()}
+        return Broadcast(replace(plan, params=params, mask=mask), LOSSLESS, fed._schema, None, None, past)
+
+    first, second = under(even, 1.0), under(odd, 1.0)
+    third = under(odd, 1.0001, *second.past)
+    newcomer, late, present = (third.sizes(held, 0)["params"].total for held in ({}, first.tags, second.tags))
+    assert newcomer == late > present
+
+
+def test_the_server_keeps_two_models_and_copies_none() -> None:
+    """They are the tensors of the states before."""
+    fed = cases.federation(model="small", downlink=LOSSLESS)
+    before = [fed.initial.params, *(state.params for state in cases.states(fed, 4))]
+    for t, state in enumerate(cases.states(fed, 4)):
+        assert len(state.past) == min(HISTORY, t + 1)
+        for version, params in zip(state.past, reversed(before[: t + 1]), strict=False):
+            assert cases.bits(version.params) == cases.bits(params)
+    (one, two) = state.past
+    last = cases.states(fed, 1, state)[0]
+    assert last.past[1] is one
+    assert all(last.past[0].params[name] is x for name, x in state.params.items())
+    assert two not in last.past
+
+
+def test_a_model_that_stays_as_it_is_is_kept_once() -> None:
+    states = cases.states(cases.federation(LocalOnly(), model="small", downlink=LOSSLESS), 3)
+    assert [len(state.past) for state in states] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "codec"),
+    [("small", wire.Dense()), ("small", wire.Dense("bf16")), ("double", LOSSLESS)],
+)
+def test_nothing_is_kept_that_no_codec_makes_use_of(model: str, codec: wire.Codec) -> None:
+    assert all(state.past == () for state in cases.states(cases.federation(model=model, downlink=codec), 2))
+
+
+def test_a_run_that_goes_on_with_another_downlink_forgets() -> None:
+    state = cases.states(cases.federation(downlink=LOSSLESS), 2)[-1]
+    assert len(state.past) == 2
+    assert cases.states(cases.federation(), 1, state)[-1].past == ()

@@ -23,7 +23,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from lamina.books import Observed
-from lamina.downlink import Change
+from lamina.downlink import Change, Version
 from lamina.errors import StorageError
 from lamina.federation import Federation, State
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
@@ -127,6 +127,10 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         change = document.get("change")
         if change is not None:
             change = Change(**change)._replace(step=_like(fed.initial.params, _part(model, "change")))
+        past = tuple(
+            Version(tags, _like(fed.initial.params, _part(model, f"past/{i}")))
+            for i, tags in enumerate(document.get("past", []))  # of an earlier lamina there is none
+        )
     except (KeyError, ValueError, TypeError, SafetensorError) as error:
         raise StorageError(f"{path.name} is of another kind of run: {error!r}", code="E405", where=str(path)) from error
     mine = _form(fed.initial.params | fed.initial.buffers)
@@ -139,7 +143,7 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         raise StorageError(message, code="E405", where=str(path))
     state = State(
         params, buffers, server, clients, document["round"], document["bytes_up"], document["bytes_down"], observed,
-        change,
+        change, past,
     )  # fmt: skip
     return state, document["extra"]
 
@@ -153,6 +157,7 @@ def _files(state: State) -> dict[str, bytes]:
     model |= {f"reference/{n}": x for n, x in state.observed.reference.items()}
     if state.change is not None:
         model |= {f"change/{n}": x for n, x in state.change.step.items()}
+    model |= {f"past/{i}/{n}": x for i, version in enumerate(state.past) for n, x in version.params.items()}
     server = {f"server/{n}": x for n, x in flatten(state.server).items() if isinstance(x, Tensor)}
     parts = {"model.safetensors": model, "server.safetensors": server}
     if not isinstance(state.clients.shelf, Disk):
@@ -192,6 +197,7 @@ def _document(state: State) -> dict[str, Any]:
         "numbers": {n: x for n, x in flatten(state.server).items() if not isinstance(x, Tensor)},
         "elapsed": state.observed.elapsed,
         "change": state.change and state.change._replace(step={})._asdict(),
+        "past": [version.tags for version in state.past],
         "held": held,
         "clients": clients,
         "rows": on_disk,

@@ -6,12 +6,15 @@ in full, and nothing has to be kept in step with a checkpoint: tags are recomput
 
 A codec that replaces values (TopK, RandomK, sign) cannot code parameters. It codes the server's last *step* instead,
 for clients that hold the parameters from before it; any other is sent them as they are.
+
+``Dense("lossless")`` codes parameters by their distance to those that a client holds, where that is smaller: the server
+keeps the last versions it sent, and the tags say which of them a client has. Who has none of them is sent planes.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -23,8 +26,9 @@ from lamina.errors import RunError
 from lamina.method import Plan
 from lamina.store import Held
 from lamina.tree import Message, Params
-from lamina.wire import frame
+from lamina.wire import frame, values
 
+HISTORY = 2  # versions of the parameters that the server keeps, if their codec makes use of them
 _RAW = wire.Dense()
 _CHANGE = "change"  # the tree, and what a client lacks, when the last step is all it needs of the parameters
 
@@ -46,7 +50,14 @@ class Change(NamedTuple):
         return wire.Context(schema, mask, None, self.seed, "downlink", self.round)
 
 
-def codes_values(codec: wire.Codec) -> bool:
+class Version(NamedTuple):
+    """The parameters of an earlier plan, which some clients still hold."""
+
+    tags: Held  # of them and of the mask that cut them: who holds just these holds `params`
+    params: Params  # as clients decode them
+
+
+def codes_values(codec: wire.Codec) -> TypeGuard[wire.Dense]:
     """Whether a codec may code parameters: it brings every one near its value."""
     return isinstance(codec, wire.Dense) and codec.values != "sign"
 
@@ -56,6 +67,8 @@ class Broadcast:
 
     Args:
         carry: takes every client's plan to it, so each is really encoded; None: they are measured.
+        change: the step that led here, for a codec that cannot code parameters.
+        past: that of the broadcast before.
 
     Attributes:
         plan: as clients decode it. The codec codes each value once per version, so all holders have the same bits.
@@ -69,8 +82,11 @@ class Broadcast:
         schema: wire.Schema,
         carry: frame.Carry | None,
         change: Change | None = None,
+        past: tuple[Version, ...] = (),
     ):
         self._codec = codec if codes_values(codec) else _RAW
+        self._refers = values.refers(self._codec.values, [spec.dtype for spec in schema.values()])
+        self._past = past if self._refers else ()
         self._step_codec = codec
         self._change = change if change is not None and change.codec == repr(codec) else None
         self._schema = schema
@@ -84,7 +100,16 @@ class Broadcast:
         self.plan = replace(plan, params=params, seed=0)
         if carry is not None:
             self.plan = self._decoded()
-        self._known: dict[tuple[str, ...], dict[str, wire.Size]] = {}
+        self._known: dict[tuple[tuple[str, ...], int | None], dict[str, wire.Size]] = {}
+
+    @property
+    def past(self) -> tuple[Version, ...]:
+        """The last versions of the parameters, this one first: none where the codec makes no use of them."""
+        if not self._refers:
+            return ()
+        this = Version(_of_model(self.tags), self.plan.params)
+        known = bool(self._past) and self._past[0].tags == this.tags
+        return self._past if known else (this, *self._past)[:HISTORY]
 
     def lacking(self, held: Held) -> tuple[str, ...]:
         lacking = tuple(key for key, tag in self.tags.items() if held.get(key) != tag)
@@ -94,37 +119,44 @@ class Broadcast:
             return lacking
         return (_CHANGE, *(key for key in lacking if not key.startswith("params/")))
 
-    def sizes(self, lacking: tuple[str, ...], accepted: int, client: int = 0) -> dict[str, wire.Size]:
-        """Exact bytes, tree by tree, of the plan for a client that lacks these; "" is the frame."""
+    def sizes(self, held: Held, accepted: int, client: int = 0) -> dict[str, wire.Size]:
+        """Exact bytes, tree by tree, of the plan for a client that holds these; "" is the frame."""
+        lacking, base = self.lacking(held), self._base(held)
         if self._carry is not None:
-            return self._delivered(lacking, accepted, client, self._carry)
-        if lacking not in self._known:
-            self._known[lacking] = self._measure(lacking)
-        return self._known[lacking]
+            return self._delivered(lacking, base, accepted, client, self._carry)
+        if (lacking, base) not in self._known:
+            self._known[lacking, base] = self._measure(lacking, base)
+        return self._known[lacking, base]
 
-    def _measure(self, lacking: tuple[str, ...]) -> dict[str, wire.Size]:
+    def _base(self, held: Held) -> int | None:
+        """Which of the past versions a client holds."""
+        own = _of_model(held) if self._past else {}
+        return next((i for i, version in enumerate(self._past) if version.tags == own), None)
+
+    def _measure(self, lacking: tuple[str, ...], base: int | None) -> dict[str, wire.Size]:
         sizes = {
-            tree: self._coder(tree).transmit(content, self._context(tree))[1]
+            tree: self._coder(tree).transmit(content, self._context(tree, base))[1]
             for tree, content in self._parts(lacking).items()
         }
         lengths = {t: s.total for t, s in sizes.items()} | {"upload": len(self._upload())}
         return sizes | {"": wire.Size({}, frame.overhead("plan", self._scalars(0), lengths) + lengths["upload"], {})}
 
     def _delivered(
-        self, lacking: tuple[str, ...], accepted: int, client: int, carry: frame.Carry
+        self, lacking: tuple[str, ...], base: int | None, accepted: int, client: int, carry: frame.Carry
     ) -> dict[str, wire.Size]:
         """The same by really sending it, and comparing what arrives with what every client is said to hold."""
-        blob = self._packed(lacking, accepted, client)
+        blob = self._packed(lacking, base, accepted, client)
         arrived = frame.unpack(carry("plan", blob))
         if arrived.sections["upload"] != self._upload():  # all else has a checksum
             raise RunError(f"round {self._server.round}: what the plan asks for changed on the wire", code="E343")
         sizes = {}
         for tree in self._parts(lacking):
-            decoded = self._coder(tree).decode(arrived.sections[tree], self._context(tree))
+            context = self._context(tree, base)
+            decoded = self._coder(tree).decode(arrived.sections[tree], context)
             truth = self._truth(tree)
             if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
                 raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
-            sizes[tree] = wire.layout(arrived.sections[tree], self._context(tree))
+            sizes[tree] = wire.layout(arrived.sections[tree], context)
         return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()), {})}
 
     def _truth(self, tree: str) -> Params:
@@ -135,7 +167,7 @@ class Broadcast:
 
     def _decoded(self) -> Plan:
         """The plan as a newcomer reads it from bytes. It is sent to nobody."""
-        arrived = frame.unpack(self._packed(tuple(self.tags), -1, 0))
+        arrived = frame.unpack(self._packed(tuple(self.tags), None, -1, 0))
         trees: Message = {tree: {} for tree in self._trees}
         for tree, blob in arrived.sections.items():
             if tree != "upload":
@@ -158,9 +190,9 @@ class Broadcast:
             config=numbers,
         )
 
-    def _packed(self, lacking: tuple[str, ...], accepted: int, client: int) -> bytes:
-        """The plan's frame for a client that lacks these."""
-        blobs = {t: self._coder(t).encode(x, self._context(t)) for t, x in self._parts(lacking).items()}
+    def _packed(self, lacking: tuple[str, ...], base: int | None, accepted: int, client: int) -> bytes:
+        """The plan's frame for a client that lacks these, and holds that version."""
+        blobs = {t: self._coder(t).encode(x, self._context(t, base)) for t, x in self._parts(lacking).items()}
         sections = blobs | {"upload": self._upload()}
         return frame.pack(frame.Frame("plan", self._server.round, client, self._scalars(accepted), sections))
 
@@ -177,11 +209,12 @@ class Broadcast:
     def _coder(self, tree: str) -> wire.Codec:
         return {"params": self._codec, _CHANGE: self._step_codec}.get(tree, _RAW)
 
-    def _context(self, tree: str) -> wire.Context:
+    def _context(self, tree: str, base: int | None = None) -> wire.Context:
         if tree == _CHANGE and self._change is not None:
             return self._change.context(self._schema, self._server.mask)
-        schema = self._schema if tree == "params" else wire.schema_of(self._trees[tree])
-        return wire.Context(schema, self._server.mask if tree == "params" else None)
+        if tree != "params":
+            return wire.Context(wire.schema_of(self._trees[tree]))
+        return wire.Context(self._schema, self._server.mask, None if base is None else self._past[base].params)
 
     def _scalars(self, accepted: int) -> dict[str, float]:
         plan = self._server
@@ -191,6 +224,10 @@ class Broadcast:
     def _upload(self) -> bytes:
         """Bits over the schema: whose update is asked for."""
         return np.packbits([name in self._server.upload for name in self._schema], bitorder="little").tobytes()
+
+
+def _of_model(tags: Held) -> Held:
+    return {key: known for key, known in tags.items() if key.startswith(("params/", "mask/"))}
 
 
 def tag(x: Tensor) -> int:

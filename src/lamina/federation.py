@@ -24,7 +24,7 @@ from lamina.books import Books, Observed
 from lamina.client import BUFFERS, LocalSGD, Loss, Setup, Trainer, addressed_rng
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
-from lamina.downlink import Broadcast, Change, codes_values
+from lamina.downlink import Broadcast, Change, Version, codes_values
 from lamina.engine.base import Engine, Kind, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
@@ -72,6 +72,7 @@ class State:
     bytes_down: int = 0
     observed: Observed = field(default_factory=lambda: Observed({}, {}))
     change: Change | None = None  # the last step, where it is what travels down
+    past: tuple[Version, ...] = ()  # parameters sent before, newest first, where their distance to new ones travels
 
     def sha256(self) -> str:
         """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
@@ -239,11 +240,13 @@ class Federation:
         self.store.shelf.begin()
         store = self.store
         mean: Message = {}
+        past: tuple[Version, ...] = ()
         if self.method.has("probe"):
             everyone = tuple(range(len(self.data)))
             plan = self._plan(params, buffers, 0, self.local.lr, len(everyone))
             probed = self._broadcast(plan)
             mean, store = self._collect("probe", engine, probed, everyone, store, books)
+            past = probed.past
             if not mean:
                 raise RunError(
                     f"every client's probe was refused; the first, of client {books.events[0]['client']!r}, has "
@@ -257,7 +260,7 @@ class Federation:
                 self.method.plan(server, self._plan(params, buffers, 0, self.local.lr, self.cohort))
             )
             store = store.told(_made_by_mask(probed.plan, first))
-        return State(params, buffers, server, store), books
+        return State(params, buffers, server, store, past=past), books
 
     def round(
         self, state: State, engine: Engine, horizon: int, evaluating: bool, books: Books
@@ -269,7 +272,7 @@ class Federation:
             cohort = self._drawn(t)
             lr = self.local.rate(t, horizon)
             plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, len(cohort)))
-            broadcast = self._broadcast(plan, state.change)
+            broadcast = self._broadcast(plan, state.change, state.past)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             kind: Kind = "judged" if evaluating and self._judges else "round"
             told = len(books.events)  # those of a probe stand before
@@ -297,7 +300,7 @@ class Federation:
             observed, layers = books.layers(state.observed, plan, seen, params, intervals)
         new = State(
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
-            state.bytes_down + books.down.total(), observed, change,
+            state.bytes_down + books.down.total(), observed, change, broadcast.past,
         )  # fmt: skip
         result = self.evaluate(new, engine) if evaluating else Evaluation(None, None, {}, None)
         seconds = time.perf_counter() - began
@@ -370,8 +373,8 @@ class Federation:
             participation=cohort / len(self.data),
         )
 
-    def _broadcast(self, plan: Plan, change: Change | None = None) -> Broadcast:
-        return Broadcast(plan, self.downlink, self._schema, self._setup.carry, change)
+    def _broadcast(self, plan: Plan, change: Change | None = None, past: tuple[Version, ...] = ()) -> Broadcast:
+        return Broadcast(plan, self.downlink, self._schema, self._setup.carry, change, past)
 
     def _collect(
         self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
@@ -392,8 +395,7 @@ class Federation:
         for reply in engine.replies(kind, broadcast.plan, order, store.rows):
             c = reply.client
             before = store.entry(c)
-            lacking = broadcast.lacking(before.held)
-            down = books.sent(phase, "down", broadcast.sizes(lacking, before.accepted, c))
+            down = books.sent(phase, "down", broadcast.sizes(before.held, before.accepted, c))
             up = books.sent(phase, "up", reply.sizes)
             books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
             if reply.refused is not None:
@@ -415,7 +417,7 @@ class Federation:
         """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
         params, buffers = self.initial
         plan = Broadcast(self._plan(params, buffers, 0, self.local.lr, self.cohort), wire.Dense(), self._schema, None)
-        down = sum(size.total for size in plan.sizes(plan.lacking({}), -1).values())
+        down = sum(size.total for size in plan.sizes({}, -1).values())
         trees = {"update": params}
         if self.buffers == "average" and buffers:
             trees["buffers"] = buffers

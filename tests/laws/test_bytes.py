@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 import cases
-from lamina import Federation, FedLAMA, RoundRecord, wire
+from lamina import Federation, FedLAMA, LocalSGD, Params, Plan, RoundRecord, WireError, wire
+from lamina.downlink import Broadcast
 from lamina.wire import frame
 
 
@@ -66,6 +69,11 @@ def test_bytes_change_nothing_whatever_the_downlink(values: str) -> None:
     agree(lambda **options: cases.federation(FedLAMA(phi=2), downlink=wire.Dense(values), **options), 3)
 
 
+@pytest.mark.parametrize("name", cases.SENT_LOSSLESS)
+def test_bytes_change_nothing_where_distances_go_down(name: str) -> None:
+    agree(lambda **options: cases.case(name, downlink=cases.LOSSLESS, **options))
+
+
 @pytest.mark.parametrize("model", ["double", "dropout"])
 @pytest.mark.parametrize("buffers", ["keep", "skip"])
 def test_bytes_change_nothing_whatever_the_model(model: str, buffers: str) -> None:
@@ -116,3 +124,54 @@ def test_client_states_go_through_bytes(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(client, "_through_bytes", spy)
     cases.finish(cases.case("errorfeedback", through_bytes=True), 2)
     assert seen["rows"] == 6
+
+
+class Homes:
+    """Clients that know only what came in their own frames, and the mask: a `frame.Carry`."""
+
+    def __init__(self) -> None:
+        self.params: dict[int, Params] = {}
+        self.referred: Counter[bool] = Counter()
+        self.newest: Broadcast | None = None
+
+    def __call__(self, kind: str, blob: bytes) -> bytes:
+        if kind == "plan":
+            assert self.newest is not None
+            self.receive(frame.unpack(blob), self.newest.plan)
+        return blob
+
+    def receive(self, arrived: frame.Frame, plan: Plan) -> None:
+        own, mask = self.params.get(arrived.client, {}), plan.mask or {}
+        if "params" in arrived.sections:
+            context = wire.Context(wire.schema_of(plan.params), plan.mask, own or None)
+            self.referred[self.refers(arrived.sections["params"], context)] += 1
+            own = own | cases.LOSSLESS.decode(arrived.sections["params"], context)
+        own = {name: torch.where(mask[name], x, 0) if name in mask else x for name, x in own.items()}
+        assert cases.bits(own) == cases.bits({name: plan.params[name] for name in own})
+        assert own.keys() == plan.params.keys()
+        self.params[arrived.client] = own
+
+    @staticmethod
+    def refers(blob: bytes, context: wire.Context) -> bool:
+        try:
+            cases.LOSSLESS.decode(blob, replace(context, reference=None))
+        except WireError as error:
+            return error.code == "E348"
+        return False
+
+
+@pytest.mark.parametrize("name", [name for name in cases.ALL if "stc" not in name])
+def test_every_client_can_read_its_plan_with_what_it_holds_itself(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No distance is sent to anyone who holds something else (that would be E348), under masks that change, to
+    clients that are probed or absent; and it adds up to the model that the engine says they hold."""
+    homes = Homes()
+    make = Federation._broadcast
+
+    def noting(self: Federation, *arguments: Any) -> Broadcast:
+        homes.newest = make(self, *arguments)
+        return homes.newest
+
+    monkeypatch.setattr(Federation, "_broadcast", noting)
+    cases.finish(cases.case(name, downlink=cases.LOSSLESS, local=LocalSGD(lr=1e-3, batch_size=8)).over(homes))
+    assert homes.referred[False] >= 3
+    assert homes.referred[True] >= 3 or name == "localonly"

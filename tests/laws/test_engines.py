@@ -44,6 +44,15 @@ def test_processes_give_the_bits_of_loop_whatever_the_uplink(codec: str) -> None
 
 
 @forked
+@pytest.mark.parametrize("name", cases.SENT_LOSSLESS)
+def test_processes_give_the_bits_of_loop_where_distances_go_down(name: str) -> None:
+    state, records = cases.finish(cases.case(name, downlink=cases.LOSSLESS))
+    other, others = cases.finish(cases.case(name, downlink=cases.LOSSLESS, engine="processes", workers=2))
+    assert cases.everything(other) == cases.everything(state)
+    assert others == records
+
+
+@forked
 @pytest.mark.parametrize(
     ("model", "buffers"),
     [("odd", "average"), ("odd", "keep"), ("odd", "skip"), ("double", "average"), ("dropout", "keep")],

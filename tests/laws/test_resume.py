@@ -44,6 +44,11 @@ def test_stopping_changes_nothing_with_lossy_links_and_personal_buffers(model: s
     check(lambda: cases.federation(cases.ALL["fedprox, fedlama"](), model, local=LOCAL, **links), tmp_path)
 
 
+@pytest.mark.parametrize("name", cases.SENT_LOSSLESS)
+def test_stopping_changes_nothing_where_distances_go_down(name: str, tmp_path: Path) -> None:
+    check(lambda: cases.case(name, local=LOCAL, downlink=cases.LOSSLESS), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["fedlama", "fedlama, scaffold"])
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(name: str, tmp_path: Path) -> None:
     expected: dict = {}

@@ -429,8 +429,8 @@ def test_nobody_is_said_to_hold_what_the_mask_alone_does_not_make(downlink):
     seen = []
     broadcast = fed._broadcast
 
-    def watched(plan, change=None):
-        made = broadcast(plan, change)
+    def watched(plan, *more):
+        made = broadcast(plan, *more)
         seen.append(made)
         return made
 
