@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test lint types unit test-slow bench clean
+.PHONY: demo test lint types unit test-slow test-network nightly fuzz bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lamina demo $(DEMO)
@@ -26,6 +26,13 @@ test-slow: $(VENV)/.dev
 test-network: $(VENV)/.dev
 	$(BIN)/python -m pytest -m network
 
+nightly: $(VENV)/.dev
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/wire/test_wire_round_trips.py -n 2
+
+# Three targets of ten minutes, two at a time. Where atheris cannot be had, inputs are mutated by chance.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python fuzz/run.py $(FUZZ)
+
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/speed.py
 
@@ -39,6 +46,10 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) -e '.[demo,dev]'
+	touch $@
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(PIP) -e '.[fuzz]' || echo "no atheris for this Python or machine"
 	touch $@
 
 clean:

@@ -1,5 +1,5 @@
 """Hypothesis draws the same examples every time, so that a red test is red for everybody; HYPOTHESIS_PROFILE=search
-draws new ones."""
+draws new ones, and `nightly` many (`make nightly`)."""
 
 import os
 
@@ -7,4 +7,5 @@ from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
+settings.register_profile("nightly", max_examples=100_000, deadline=None, print_blob=True, database=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))

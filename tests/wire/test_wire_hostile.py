@@ -10,7 +10,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lamina.wire import Context, Dense, RandomK, TopK, WireError, decode, encode, schema_of
+from lamina.wire import Context, Dense, RandomK, Spec, TopK, WireError, decode, encode, schema_of
 from lamina.wire.container import schema_id, uv
 from lamina.wire.values import VALUES
 
@@ -261,3 +261,31 @@ def test_pieces_cut_out_or_put_in_decode_or_are_refused(codec, data):
     stop = data.draw(st.integers(start, min(len(body), start + 20)))
     mutated = body[:start] + data.draw(st.binary(max_size=20)) + body[stop:]
     survives(sealed(encode(TREE, codec), mutated))
+
+
+WIDE = {"x": Spec((400, 500), torch.float32)}
+ALL = 400 * 500
+LOUD = zstandard.compress(b"\x80\x80\x80\x80" * ALL)  # 5 bytes to a gap, the last of them missing
+FEW_BYTES = [
+    (3, uv(ALL)),
+    (3, uv(ALL - 1) + b"\x01" + bytes(3)),
+    (4, uv(ALL) + b"\x00" + uv(ALL)),
+    (5, gaps(bytes(ALL), ALL)),
+    (5, uv(ALL) + uv(len(LOUD)) + LOUD),
+    (6, gaps(b"\xff" * (ALL // 8), ALL)),
+    (8, uv(ALL // 2) + bytes(8)),
+    (8, uv(ALL) + bytes(8)),
+]
+
+
+@pytest.mark.parametrize(("index", "section"), FEW_BYTES)
+def test_few_bytes_that_say_all_travel_allocate_what_the_schema_implies(index, section):
+    """The values are missing; until that shows, there are the positions and what they are read with."""
+    blob = blob_of(index, 0, section, schema=WIDE)
+    assert len(blob) < 500
+    tracemalloc.start()
+    refusal = code(blob, WIDE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert refusal in ("E340", "E345")
+    assert peak <= 64 * ALL

@@ -228,12 +228,13 @@ class Support:
     def head_size(self, sparse: bool) -> int:
         return HEADER.size + (len(self.schema) + 7) // 8 * self.partial + 8 * (sparse and self.masked)
 
-    def attribute(self, sent: Sent) -> Size:
-        """Bytes by tensor."""
+    def attribute(self, sent: Sent, head: int | None = None) -> Size:
+        """Bytes by tensor; `head` those before the index section, if they are not what this end would have sent."""
         of_index = index.split(sent.index_id, sent.index_size, sent.index_own, sent.counts, self.counts)
         of_values = sent.coding.split(sent.values_size, sent.counts, self.dtypes)
         rows = {name: a + b for name, a, b in zip(self.names, of_index, of_values, strict=True)}
-        head = self.head_size(sent.index_id in index.SPARSE) + len(sent.coding.reference_id)
+        if head is None:
+            head = self.head_size(sent.index_id in index.SPARSE) + len(sent.coding.reference_id)
         total = head + sent.index_size + sent.values_size
         return Size(rows, total - sum(rows.values()), dict(zip(self.names, sent.counts, strict=True)))
 
@@ -376,6 +377,7 @@ class Opened(NamedTuple):
     index_own: Sequence[int]
     coding: Coding
     reader: Reader
+    head: int  # bytes before the index section
 
     @property
     def counts(self) -> list[int]:
@@ -388,7 +390,7 @@ class Opened(NamedTuple):
 
     def size(self) -> Size:
         sent = Sent(self.index_id, self.index_size, self.index_own, self.coding, self.reader.left, self.counts)
-        return self.support.attribute(sent)
+        return self.support.attribute(sent, self.head)
 
 
 Accept = tuple[frozenset[int], Mapping[int, Coding]]  # index ids; codings by value id
@@ -423,7 +425,8 @@ def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, acce
     if reference_id:
         coding = check_reference(reference_id, context, support, positions)
     own = found.own if found else ()
-    return Opened(support, positions, header.index_id, size, own, coding, reader)
+    head = start - 8 if header.index_id == index.MASK_ID else start
+    return Opened(support, positions, header.index_id, size, own, coding, reader, head)
 
 
 def check_reference(
