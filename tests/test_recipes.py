@@ -355,6 +355,9 @@ def test_recipes_are_listed_with_what_they_cost(monkeypatch: pytest.MonkeyPatch)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["name"] for row in rows] == list(RECIPES)
     assert rows[0]["scaled_arms"] == list(RECIPES["fedlama-cifar10"].scaled.arms)
+    monkeypatch.setenv("COLUMNS", "80")
     plain = CliRunner().invoke(cli.app, ["list", "recipes"]).stdout
-    assert "fedlama-cifar10" in plain
-    assert "2110.10302" in plain
+    row = next(line for line in plain.splitlines() if "fedlama-cifar10" in line)
+    assert "about 12 minutes" in row
+    assert "2110.10302" in row
+    assert all(0 < len(cli._duration(v.size)) < 30 for r in RECIPES.values() for v in (r.published, r.scaled))

@@ -502,11 +502,16 @@ def _recipes_listed() -> tuple[list[dict[str, Any]], list[Column]]:
         Column("recipe", [row["name"] for row in rows], left=True),
         Column("paper", [row["arxiv"] or "-" for row in rows], 3, left=True),
         Column("data", [f"{row['data']} {'cached' if row['here'] else '-'}" for row in rows], 2, left=True),
-        Column("--scaled", [row["scaled_size"] for row in rows], 1, left=True),
-        Column("in full", [row["size"] for row in rows], 4, left=True),
+        Column("--scaled", [_duration(row["scaled_size"]) for row in rows], 1, left=True),
+        Column("in full", [_duration(row["size"]) for row in rows], 4, left=True),
         Column("compares", [row["compares"] for row in rows], 5, left=True),
     ]
     return rows, columns
+
+
+def _duration(size: str) -> str:
+    """The time in a recipe's "so many arms, so many examples: about so long on 2 cores"."""
+    return size.partition(": ")[2].partition(" on ")[0]
 
 
 def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column]]:

@@ -25,6 +25,7 @@ from lamina.models.norm import group_count
 from lamina.models.resnet import BasicBlock, Bottleneck
 
 VARIANTS = [name for name in MODELS if name.startswith(("resnet", "wrn"))]
+DEEPEST = ("resnet101", "resnet152")  # seconds each, and made of the same blocks as resnet50
 
 
 def size(model):
@@ -164,7 +165,7 @@ def placed(name, how):
     return {"normal": normal, "mean": (mean,) * stages, "anti": normal[::-1]}[how]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEPEST else n for n in VARIANTS])
 @pytest.mark.parametrize("stem", ["3x3", "7x7"])
 def test_width_placement_stem_norm_field_and_residual_are_orthogonal_on_every_variant(name, stem):
     placements = cycle(placed(name, how) for how in ("normal", "mean", "anti"))
