@@ -120,8 +120,8 @@ pair that is not refused has trained five rounds on a small model with a top-k u
 - **←** works with the row's method *before* the column's; **→** with the row's method *after* it; the letter says why;
 - **R** refused at construction with that reason.
 
-FedAvg is the neutral element and stands with everything. Longer chains obey the same rules, pair by pair. That a chain
-works does not say that it helps: the combinations we measured are in the recipe `layerwise-combinations`.
+FedAvg is the neutral element and stands with everything but LocalOnly. Longer chains obey the same rules, pair by pair.
+That a chain works does not say that it helps: the combinations we measured are in the recipe `layerwise-combinations`.
 """.splitlines()
 
 if __name__ == "__main__":

@@ -384,6 +384,12 @@ class Counts(FedAvg):
     sends = frozenset({"update", "votes"})
 
 
+@pytest.mark.parametrize("wrong", ["flare", [FedAvg()], FedAvg, None])
+def test_a_chain_of_other_things_than_methods_is_refused(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="Chain: expected methods, got"):
+        Chain(FedLAMA(), wrong)
+
+
 def test_two_methods_that_send_one_tree_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"Counts\(\) and FedDST.* both send the tree 'votes'") as caught:
         Chain(Counts(), lamina.FedDST())

@@ -654,6 +654,14 @@ def test_a_run_that_ends_with_layers_waiting_says_so(tmp_path: Path) -> None:
     assert "no multiple of 3" in watcher.notes[0]  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("uplink", "told"), [("fp32", True), ("topk:0.1", False)])
+def test_a_method_that_has_nothing_to_make_up_for_says_so(tmp_path: Path, uplink: str, told: bool) -> None:
+    watcher: Watcher = Stop(0, "")
+    make(tmp_path / "run", "method=flare", f"uplink={uplink}", rounds=1, progress=watcher)
+    notes = [note for note in watcher.notes if "loses nothing: try uplink=topk" in note]  # type: ignore[attr-defined]
+    assert bool(notes) == told
+
+
 def test_secrets_on_the_command_line_are_not_written_down() -> None:
     argv = ["lamina", "run", "x", "data.token=abc", "--password", "def", "https://me:pw@host/x", "rounds=3"]
     assert redacted(argv) == [

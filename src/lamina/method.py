@@ -194,6 +194,12 @@ class Chain(Method[tuple[Any, ...], tuple[Any, ...]]):
 
     def __init__(self, *methods: Method[Any, Any]):
         expect(bool(methods), "Chain() is empty: expected at least one method")
+        for m in methods:
+            expect(
+                isinstance(m, Method),
+                f"Chain: expected methods, got {m!r}",
+                remedy="for example Chain(lamina.SSFL(0.3), lamina.FedLAMA(phi=4)), not names, lists or classes",
+            )
         flat = [part for m in methods for part in (m.methods if isinstance(m, Chain) else (m,))]
         _refuse_meaningless(flat)
         self.methods: tuple[Method[Any, Any], ...] = tuple(flat)

@@ -462,6 +462,9 @@ def _drive(fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher)
     every = options["checkpoint_every"]
     watcher.begin(run, fed)
     hold, total = fed.method.hold, book.info["rounds"]
+    if fed.method.compensates and fed.uplink.lossless:
+        title, codec = method_title(fed.method), codec_title(fed.uplink)
+        watcher.note(f"{title} sends later what the uplink loses, and {codec} loses nothing: try uplink=topk:0.02")
     if total % hold:
         watcher.note(f"rounds={total} is no multiple of {hold}: the run may end with layers waiting")
     with _Interrupts() as interrupts:

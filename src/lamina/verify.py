@@ -280,7 +280,7 @@ class Resent(NamedTuple):
 
 
 def resend(
-    folder: Path, *, fed: Federation | None = None, afresh: bool = False, say: Callable[[str], None] = print
+    folder: str | Path, *, fed: Federation | None = None, afresh: bool = False, say: Callable[[str], None] = print
 ) -> Resent:
     """Makes the rounds between the two newest checkpoints once more, with every frame through a socket.
 
@@ -294,6 +294,7 @@ def resend(
         StorageError: E403 no run, or no round in it; E404 it is damaged; E405 config, data or engine are not what it
             was made with.
     """
+    folder = Path(folder)
     run = Run.open(folder, fed=fed)
     fed, warning = rebuilt(run)
     total = run.info["rounds"]
