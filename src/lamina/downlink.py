@@ -25,7 +25,7 @@ from lamina import wire
 from lamina.errors import RunError
 from lamina.method import Plan
 from lamina.store import Held
-from lamina.tree import Message, Params
+from lamina.tree import Message, Params, cut
 from lamina.wire import frame, values
 
 HISTORY = 2  # versions of the parameters that the server keeps, if their codec makes use of them
@@ -94,8 +94,10 @@ class Broadcast:
         self._server = plan
         self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
         self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
-        exact = self._codec.lossless and plan.mask is None
-        params = plan.params if exact else self._codec.transmit(plan.params, self._context("params"))[0]
+        if self._codec.lossless:  # no need to code a model in order to know it
+            params = cut(plan.params, plan.mask)
+        else:
+            params = self._codec.transmit(plan.params, self._context("params"))[0]
         # A client knows what travels: not the seed, from which only server hooks draw.
         self.plan = replace(plan, params=params, seed=0)
         if carry is not None:

@@ -34,7 +34,7 @@ from lamina.preflight import ready
 from lamina.random import address
 from lamina.record import RoundRecord
 from lamina.store import ClientStore, Row, Stored, empty_store, expect_kind
-from lamina.tree import Message, Params, add
+from lamina.tree import Message, Params, add, cut
 from lamina.wire import frame
 
 if TYPE_CHECKING:
@@ -474,8 +474,7 @@ def _expect_own(fed: Federation, state: State) -> None:
 def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
     """Tags of what a client that holds `before` has of the first plan, by cutting it with the plan's mask. Not where
     a codec gives other values to what is left (int8: blocks run over kept entries)."""
-    mask = first.plan.mask or {}
-    held = {name: torch.where(mask[name], x, 0) if name in mask else x for name, x in before.params.items()}
+    held = cut(before.params, first.plan.mask)
     same = [name for name, x in first.plan.params.items() if torch.equal(x, held[name])]
     return {f"params/{name}": first.tags[f"params/{name}"] for name in same}
 

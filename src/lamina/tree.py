@@ -51,6 +51,12 @@ def omit(a: Mapping[str, Tensor], names: Iterable[str]) -> Params:
     return {name: x for name, x in a.items() if name not in unwanted}
 
 
+def cut(a: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> Params:
+    """The tree with 0 outside the mask; a tensor without an entry in it is whole."""
+    mask = mask or {}
+    return {name: torch.where(mask[name], x, 0) if name in mask else x for name, x in a.items()}
+
+
 _PIECE = 1 << 18  # entries
 
 
