@@ -38,9 +38,9 @@ from torch import Tensor
 
 from lamina.errors import expect, is_number, is_whole
 from lamina.method import Plan, Work
-from lamina.methods.masking import Masked, Server, counts, cut, drawn, expect_density, expect_layout, partial, prunable
+from lamina.methods.masking import Masked, Server, counts, drawn, expect_density, expect_layout, partial, prunable
 from lamina.random import generator
-from lamina.tree import Message, Params, select, tmap, top_fraction
+from lamina.tree import Message, Params, cut, select, tmap, top_fraction
 
 
 def readjusted(w: Tensor, grad: Tensor, mask: Tensor, alpha: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lamina.errors import expect, is_number
 from lamina.layers import Layer, matrices
 from lamina.method import Method, Plan, Task
-from lamina.tree import Params, top_fraction
+from lamina.tree import Params, cut, top_fraction
 
 KINDS = frozenset({"conv1d", "conv2d", "conv3d", "linear", "lstm", "gru", "rnn", "attention"})
 LAYOUTS = ("erk", "uniform")
@@ -35,12 +35,6 @@ def expect_density(density: float) -> None:
 
 def expect_layout(layout: str) -> None:
     expect(layout in LAYOUTS, f"layout={layout!r}: expected one of {', '.join(LAYOUTS)}", where="method.layout")
-
-
-def cut(tree: Mapping[str, Tensor], mask: Mapping[str, Tensor] | None) -> Params:
-    """The tree with 0 outside the mask."""
-    mask = mask or {}
-    return {name: x * mask[name] if name in mask else x for name, x in tree.items()}
 
 
 def partial(mask: Mapping[str, Tensor]) -> Params:

@@ -20,9 +20,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lamina.methods.masking import Masked, Server, counts, cut, drawn, expect_density, expect_layout, prunable
+from lamina.methods.masking import Masked, Server, counts, drawn, expect_density, expect_layout, prunable
 from lamina.random import generator
-from lamina.tree import Message, Params
+from lamina.tree import Message, Params, cut
 
 
 @dataclass(frozen=True)

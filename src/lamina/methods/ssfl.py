@@ -33,9 +33,9 @@ import torch
 
 from lamina.errors import ConfigError, expect
 from lamina.method import Task
-from lamina.methods.masking import Masked, Server, cut, drawn, expect_density, partial, prunable, split
+from lamina.methods.masking import Masked, Server, drawn, expect_density, partial, prunable, split
 from lamina.random import generator
-from lamina.tree import Message, Params, top_fraction
+from lamina.tree import Message, Params, cut, top_fraction
 
 SCORES = ("saliency", "random", "random_layerwise")
 
