@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import gc
 import random
+import struct
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +30,7 @@ import torch
 
 from lamina.wire import Context, Spec, WireError, index, values
 from lamina.wire.codec import Support, open_blob
-from lamina.wire.container import Reader
+from lamina.wire.container import MAC, Reader
 
 SLOWEST = 0.05  # seconds
 LONGEST = 4096  # bytes of an input
@@ -116,6 +118,9 @@ def contexts() -> Iterator[Context]:
 
 
 CONTEXTS = list(contexts())
+KEY = bytes(range(32))
+SCALARS = {0: 1.0, 7: float("nan"), 255: -0.0}
+UNLIKE = 0xC0  # from this first byte on, a key is where none is needed and none where one is
 EXTENTS = [Support(Context(c.schema, mask), c.schema) for c in CONTEXTS[::4] for mask in (None, c.mask)]
 SPARSE = sorted(index.SPARSE)
 COUNTS = [([5, 0, 12], ["float32"] * 3), ([], []), ([0], ["float32"]), ([300], ["float32"])]
@@ -128,11 +133,13 @@ KINDS = list(forced.KINDS)
 
 
 def whole(data: bytes) -> Any:
-    """A whole blob: the context, index id, value id, flags, and the body, under a checksum that holds."""
+    """A whole blob: the context, index id, value id, flags, and the body, under a checksum and a MAC that hold."""
     if len(data) < 4:
         return None
     context = CONTEXTS[data[0] % len(CONTEXTS)]
-    blob = forced.sealed(data[1], data[2], data[3], context.schema, data[4:])
+    blob = forced.sealed(*data[1:4], context.schema, data[4:], KEY if data[3] & MAC else None)
+    keyed = bool(data[3] & MAC) != (data[0] >= UNLIKE)
+    context = replace(context, key=KEY if keyed else None)
 
     def fast() -> list[tuple[bytes, str]]:
         opened = open_blob(blob, context)
@@ -142,11 +149,14 @@ def whole(data: bytes) -> Any:
         assert min([size.shared, *size.rows.values()]) >= 0
         for name, x in tree.items():
             assert (tuple(x.shape), x.dtype) == tuple(context.schema[name])
-        return [(forced.memory(x), forced.NAMES[x.dtype]) for x in tree.values()]
+        numbers = [(bytes([key]) + struct.pack("<d", x), "uint8") for key, x in opened.scalars.items()]
+        return numbers + [(forced.memory(x), forced.NAMES[x.dtype]) for x in tree.values()]
 
     def slow() -> list[tuple[bytes, str]]:
         dtypes = {name: forced.NAMES[spec.dtype] for name, spec in context.schema.items()}
-        return [(raw, dtypes[name]) for name, raw in reference.decode(blob, *forced.known(context)).items()]
+        content = reference.read(blob, *forced.known(context))
+        numbers = [(bytes([key]) + raw, "uint8") for key, raw in content.scalars.items()]
+        return numbers + [(raw, dtypes[name]) for name, raw in content.tree.items()]
 
     entries = sum(spec.numel for spec in context.schema.values())
     return run(Case(fast, slow, entries, data[2] in forced.NEAR), len(data))
@@ -225,13 +235,17 @@ def of_blobs() -> Iterator[bytes]:
                 if fits and (at + id) % 3 == 0 and (kind != "REF" or context.reference):
                     blob = blob_of(rng, context, id, kind)
                     yield bytes([at]) + blob[4:7] + blob[24:]
+    for at in (0, 3, 20, 210):  # the last beyond UNLIKE
+        for scalars, key in ((SCALARS, None), (None, KEY), (SCALARS, KEY)):
+            blob = blob_of(rng, replace(CONTEXTS[at % len(CONTEXTS)], scalars=scalars, key=key), index.BITMAP, "own")
+            yield bytes([at]) + blob[4:7] + blob[24 : len(blob) - 16 * (key is not None)]
 
 
 def blob_of(rng: np.random.Generator, context: Context, id: int, kind: str) -> bytes:
     part = [name for name in context.schema if rng.random() < 0.8]
     tree = {name: (torch.arange(context.schema[name].numel) + 1).to(context.schema[name].dtype) for name in part}
     tree = {name: x.reshape(context.schema[name].shape) for name, x in tree.items()}
-    masked = context if id == index.MASK_ID or rng.random() < 0.5 else Context(context.schema, None, context.reference)
+    masked = context if id == index.MASK_ID or rng.random() < 0.5 else replace(context, mask=None)
     n = Support(masked, tree).total
     positions = np.flatnonzero(rng.random(n) < rng.random())
     return forced.force(tree, masked, id, kind, positions, seed=7, by_row=[True, False, True]).blob

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from lamina.wire import Context, Schema, Spec, WireError, decode, index, rice, values
+from lamina.wire import Context, Schema, Spec, WireError, decode, index, read, rice, values
 from lamina.wire.codec import Selection, Support
 from lamina.wire.container import Header, flat_vector, raw_bytes, schema_id, seal, uv
 
@@ -66,7 +68,7 @@ def force(
     flags, head = support.head(index_id in index.SPARSE, coding.reference_id)
     body = support.mask_id() if chosen.section is None else chosen.section
     front = Header(index_id, IDS[kind], flags)
-    blob = seal(front, schema_id(context.schema), [*head, body, *coding.encode(vectors)])
+    blob = seal(front, schema_id(context.schema), [*head, body, *coding.encode(vectors)], context.key)
     return Forced(blob, support.scatter(coding.transmit(vectors), chosen.positions))
 
 
@@ -112,15 +114,17 @@ def coding_of(kind: str, support: Support, chosen: Selection, context: Context, 
     return values.NOTHING if kind == "none" else values.named(f"ring:{bits}" if kind == "ring" else kind)
 
 
-def sealed(index_id: int, value_id: int, flags: int, schema: Schema, body: bytes) -> bytes:
-    """A blob with this body and a checksum that holds."""
-    return seal(Header(index_id, value_id, flags), schema_id(schema), [body])
+def sealed(index_id: int, value_id: int, flags: int, schema: Schema, body: bytes, key: bytes | None = None) -> bytes:
+    """A blob with this body and a checksum that holds; with a key, and a MAC that does."""
+    return seal(Header(index_id, value_id, flags), schema_id(schema), [body], key)
 
 
-def resealed(blob: bytes) -> bytes:
-    """`blob` with a checksum that holds."""
-    digest = xxhash.xxh3_64_intdigest(blob[24:], seed=xxhash.xxh3_64_intdigest(blob[:16]))
-    return blob[:16] + digest.to_bytes(8, "little") + blob[24:]
+def resealed(blob: bytes, key: bytes | None = None) -> bytes:
+    """`blob` with a checksum that holds; with a key, and a MAC that does in place of its last 16 bytes."""
+    stop = len(blob) if key is None else len(blob) - 16
+    digest = xxhash.xxh3_64_intdigest(blob[24:stop], seed=xxhash.xxh3_64_intdigest(blob[:16]))
+    blob = blob[:16] + digest.to_bytes(8, "little") + blob[24:stop]
+    return blob if key is None else blob + hashlib.blake2b(blob, key=key, digest_size=16).digest()
 
 
 # Trees as memory, and the two decoders.
@@ -141,24 +145,41 @@ class Known(NamedTuple):
     schema: list[reference.Tensor]
     mask: dict[str, list[bool]]
     reference: dict[str, bytes] | None
+    key: bytes | None
 
 
 def known(context: Context) -> Known:
     schema = [reference.Tensor(name, tuple(s.shape), NAMES[s.dtype]) for name, s in context.schema.items()]
     mask = {name: x.reshape(-1).tolist() for name, x in (context.mask or {}).items()}
     held = None if context.reference is None else {name: memory(x) for name, x in context.reference.items()}
-    return Known(schema, mask, held)
+    return Known(schema, mask, held, context.key)
 
 
 Outcome = dict[str, bytes] | str  # the memory of each tensor, or the code it was refused with
+Numbers = dict[int, bytes] | str
 
 
 def fast(blob: bytes, context: Context) -> Outcome:
     try:
-        tree = decode(blob, context.schema, mask=context.mask, reference=context.reference)
+        tree = decode(blob, context.schema, mask=context.mask, reference=context.reference, key=context.key)
     except WireError as error:
         return error.code
     return {name: memory(x) for name, x in tree.items()}
+
+
+def fast_scalars(blob: bytes, context: Context) -> Numbers:
+    try:
+        found = read(blob, context.schema, mask=context.mask, reference=context.reference, key=context.key).scalars
+    except WireError as error:
+        return error.code
+    return {key: struct.pack("<d", number) for key, number in found.items()}
+
+
+def slow_scalars(blob: bytes, context: Context) -> Numbers:
+    try:
+        return reference.read(blob, *known(context)).scalars
+    except reference.Refused as refused:
+        return refused.code
 
 
 def slow(blob: bytes, context: Context) -> Outcome:

@@ -7,6 +7,7 @@ it refuses, with which code, is what `lamina.wire` must return and refuse.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ WIDTHS = dict(zip(DTYPES, (4, 8, 2, 2, 8, 4, 2, 1, 1, 1), strict=True))
 FLOATS = frozenset(DTYPES[:4])
 ONES = {"float32": b"\0\0\x80\x3f", "float64": struct.pack("<d", 1), "float16": b"\0\x3c", "bfloat16": b"\x80\x3f"}
 
-REF, SUBSET, MASKED = 1, 2, 16
+REF, SUBSET, MAC, SCALARS, MASKED = 1, 2, 4, 8, 16
 DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN = 0, 1, 2, 3, 4, 5, 6, 8
 INDICES = frozenset({DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN})
 SPARSE = INDICES - {DENSE, MASK_ID}
@@ -186,22 +187,51 @@ def checksum(front: bytes, body: bytes) -> bytes:
 
 
 def decode(
-    blob: bytes, schema: Sequence[Tensor], mask: Masks | None = None, reference: Memory | None = None
+    blob: bytes,
+    schema: Sequence[Tensor],
+    mask: Masks | None = None,
+    reference: Memory | None = None,
+    key: bytes | None = None,
 ) -> dict[str, bytes]:
     """name -> memory of each tensor that came."""
+    return read(blob, schema, mask, reference, key).tree
+
+
+class Content(NamedTuple):
+    """name -> memory of each tensor, key -> the 8 bytes of each number."""
+
+    tree: dict[str, bytes]
+    scalars: dict[int, bytes]
+
+
+def read(
+    blob: bytes,
+    schema: Sequence[Tensor],
+    mask: Masks | None = None,
+    reference: Memory | None = None,
+    key: bytes | None = None,
+) -> Content:
     mask = mask or {}
     refuse(len(blob) < 24, "E340")
     refuse(blob[:4] != b"FLC\x01" or blob[7] != 0, "E341")
     refuse(blob[8:16] != schema_id(schema), "E342")
-    refuse(blob[16:24] != checksum(blob[:16], blob[24:]), "E343")
     index_id, value_id, flags = blob[4:7]
-    refuse(bool(flags & ~(REF | SUBSET | MASKED)), "E344")
+    refuse(bool(flags & ~(REF | SUBSET | MAC | SCALARS | MASKED)), "E344")
+    if flags & MAC:
+        refuse(len(blob) < 40, "E340")
+        blob, mac = blob[:-16], blob[-16:]
+        refuse(key is not None and mac != hashlib.blake2b(blob, key=key or b"", digest_size=16).digest(), "E349")
+    else:
+        refuse(key is not None, "E349")
+    refuse(blob[16:24] != checksum(blob[:16], blob[24:]), "E343")
+    refuse(bool(flags & MAC) and key is None, "E349")
     refuse(index_id not in INDICES or value_id not in VALUES, "E344")
     refuse(bool(flags & MASKED) and index_id not in SPARSE, "E344")
     refuse(bool(flags & REF) and value_id != 1, "E344")
     reader = Reader(blob[24:])
     reference_id = reader.take(8) if flags & REF else None
     here = reader.bits(len(schema)) if flags & SUBSET else [1] * len(schema)
+    scalars = read_scalars(reader) if flags & SCALARS else {}
     if flags & MASKED or index_id == MASK_ID:
         refuse(reader.take(8) != mask_id(schema, mask), "E346")
     else:
@@ -229,7 +259,16 @@ def decode(
         for i, entry in zip(at, entries, strict=True):
             memory[i] = entry
         received[t.name] = b"".join(memory)
-    return received
+    return Content(received, scalars)
+
+
+def read_scalars(reader: Reader) -> dict[int, bytes]:
+    size = reader.uv(64 * 9)
+    refuse(size % 9 > 0, "E345")
+    raw = reader.take(size)
+    pairs = [(raw[at], raw[at + 1 : at + 9]) for at in range(0, size, 9)]
+    refuse(any(a >= b for (a, _), (b, _) in itertools.pairwise(pairs)), "E345")
+    return dict(pairs)
 
 
 def identity(known: Sequence[Sequence[bytes]]) -> bytes:

@@ -21,7 +21,7 @@ def test_a_target_keeps_its_promises(name):
     rng = random.Random(0)
     for _ in range(1000):
         run(targets.mutated(rng, pool))
-    assert outcomes >= {"decoded", "E340", "E345", "E347"}
+    assert outcomes >= {"decoded", "E340", "E345", "E347", *["E349"] * (name == "whole")}
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)

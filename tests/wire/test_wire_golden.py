@@ -10,7 +10,7 @@ import xxhash
 import zstandard
 
 from lamina.random import address
-from lamina.wire import Context, Dense, RandomK, TopK, decode, encode, schema_of
+from lamina.wire import Context, Dense, RandomK, TopK, decode, encode, read, schema_of
 from lamina.wire.frame import Frame, pack, unpack
 from lamina.wire.index import draw, leb128, unleb128
 
@@ -187,3 +187,34 @@ def test_encoding_is_a_function_of_the_logical_values(codec):
     strided = {"x": x.to(memory_format=torch.channels_last)}
     assert not strided["x"].is_contiguous()
     assert encode(strided, codec) == encode({"x": x}, codec)
+
+
+def test_scalars_are_pairs_behind_their_length():
+    """Between the subset's bits and the mask's id: 18 bytes, key 1 and 2.5, key 200 and 128, whatever their order."""
+    blob = encode({"b": B}, Dense("fp32"), context=Context(schema_of(TREE), scalars={200: 128, 1: 2.5}))
+    assert header(blob) == "46 4c 43 01 00 00 0a 00"
+    assert blob[24:26].hex(" ") == "02 12"
+    assert blob[26:35].hex(" ") == "01 00 00 00 00 00 00 04 40"
+    assert blob[35:44].hex(" ") == "c8 00 00 00 00 00 00 60 40"
+    assert blob[44:].hex(" ") == "00 00 40 40"
+    assert read(blob, TREE).scalars == {1: 2.5, 200: 128.0}
+    mask = {"a": torch.tensor([[True, False], [True, True]])}
+    blob = encode({"a": A}, TopK(0.4), mask=mask, scalars={1: 2.5})
+    assert header(blob) == "46 4c 43 01 02 00 18 00"
+    assert blob[24:34].hex(" ") == "09 01 00 00 00 00 00 00 04 40"
+    assert blob[34:42] == hashlib.blake2b(b"FLC1-mask" + bytes.fromhex("01 61 04 0d"), digest_size=8).digest()
+    assert blob[42:].hex(" ") == "01 01 00 00 80 3f"
+
+
+def test_the_mac_is_keyed_blake2b_of_all_before_it():
+    key = bytes(range(16))
+    blob = encode(TREE, Dense("fp32"), key=key)
+    assert header(blob) == "46 4c 43 01 00 00 04 00"
+    assert blob[24:44] == encode(TREE, Dense("fp32"))[24:]
+    assert blob[44:] == hashlib.blake2b(blob[:44], key=key, digest_size=16).digest()
+    seed = xxhash.xxh3_64_intdigest(blob[:16])
+    assert int.from_bytes(blob[16:24], "little") == xxhash.xxh3_64_intdigest(blob[24:44], seed=seed)
+    assert (blob[16:24].hex(" "), blob[44:].hex(" ")) == (
+        "fe b5 83 6f b5 41 3b 45",
+        "95 48 ab 40 08 4a ee 5e 60 ce a8 98 a4 ce 42 e3",
+    )

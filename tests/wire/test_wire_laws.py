@@ -71,6 +71,12 @@ def contexts():
     yield "no-schema", {}, Context({})
     nothing_kept = {"turned": torch.zeros(20, 30, dtype=torch.bool)}
     yield "mask-of-zeros", {"turned": tree["turned"]}, Context(schema_of(tree), mask=nothing_kept)
+    numbers = {3: 0.5, 0: float("nan"), 255: -1.0}
+    for beside in ({"scalars": numbers}, {"key": bytes(20)}, {"scalars": numbers, "key": bytes(20)}):
+        told = "-".join(beside)
+        yield told, tree, Context(schema_of(tree), **beside)
+        yield f"{told}-subset-mask", part, Context(schema_of(tree), mask=mask_of(tree), **beside)
+        yield f"{told}-nothing", {}, Context({}, **beside)
     mixed = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(300.0).half(), "c": torch.arange(9.0).double()}
     yield "mixed", mixed, Context(schema_of(mixed))
 
@@ -86,7 +92,7 @@ def test_transmit_is_decode_of_encode_and_its_size_is_the_length(codec, tree, co
     received, size = codec.transmit(tree, context)
     decoded = codec.decode(blob, context)
     assert same(received, decoded)
-    assert same(received, decode(blob, context.schema, mask=context.mask))
+    assert same(received, decode(blob, context.schema, mask=context.mask, key=context.key))
     assert list(received) == [name for name in context.schema if name in tree]
     assert size.total == len(blob)
     assert size == layout(blob, context)

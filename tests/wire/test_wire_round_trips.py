@@ -6,12 +6,28 @@
 from __future__ import annotations
 
 import math
+import struct
+from dataclasses import replace
 
 import forced
 import numpy as np
 import pytest
 import torch
-from forced import DTYPES, IDS, INDICES, KINDS, alike, fast, force, memory, same, slow, tensor
+from forced import (
+    DTYPES,
+    IDS,
+    INDICES,
+    KINDS,
+    alike,
+    fast,
+    fast_scalars,
+    force,
+    memory,
+    same,
+    slow,
+    slow_scalars,
+    tensor,
+)
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
@@ -100,6 +116,8 @@ def examples(draw: st.DrawFn, index_ids: list[int], kinds: list[str]) -> tuple[f
             moved = (tree[f"t{i}"].contiguous().view(torch.int32) + steps).view(torch.float32)
             near[f"t{i}"] = moved if rng.random() < 0.7 else entries(rng, words, dtype, n).reshape(shape)
     context = Context(schema_of(tree), mask if draw(st.booleans()) else None, near if kind == "REF" else None)
+    secret = rng.bytes(rng.integers(16, 65)) if draw(st.booleans()) else None
+    context = replace(context, key=secret, scalars=numbers(rng, draw(st.sampled_from([0, 0, 1, 5, 14, 15, 64]))))
     whole = draw(st.booleans())
     sent = {name: x for name, x in tree.items() if whole or draw(st.booleans())}
     n = Support(context, sent).total
@@ -115,6 +133,12 @@ def examples(draw: st.DrawFn, index_ids: list[int], kinds: list[str]) -> tuple[f
         by_row=draw(st.lists(st.booleans(), max_size=4)),
     )
     return message, context, index_id, kind
+
+
+def numbers(rng: np.random.Generator, count: int) -> dict[int, float]:
+    """Any bit patterns under any keys, in any order."""
+    keys = rng.choice(256, count, replace=False).tolist()
+    return {key: x for key, (x,) in zip(keys, struct.iter_unpack("<d", rng.bytes(8 * count)), strict=True)}
 
 
 def positions(how: str, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -135,6 +159,9 @@ def check(message: forced.Forced, context: Context, index_id: int, kind: str) ->
         assert IDS[kind] in forced.NEAR or received[name] == memory(x)
     assert alike(received, slow(message.blob, context), context, IDS[kind])
     assert layout(message.blob, context).total == len(message.blob)
+    beside = {key: struct.pack("<d", context.scalars[key]) for key in sorted(context.scalars)}
+    assert fast_scalars(message.blob, context) == slow_scalars(message.blob, context) == beside
+    assert message.blob[6] & 12 == 4 * (context.key is not None) + 8 * (len(beside) > 0)
 
 
 @pytest.mark.parametrize("index_id", INDICES)

@@ -1,7 +1,7 @@
 """The wire: trees to bytes and back, with every byte counted (format FLC1).
 
-`container` seals and opens blobs, `index` and `values` (with `exact`, `lossy`) code what is in them, `codec` joins the
-two, `dense` and `sparse` are the codecs, `frame` packs several blobs into one message.
+`container` seals and opens blobs, `index`, `values` (with `exact`, `lossy`) and `scalars` code what is in them, `codec`
+joins these, `dense` and `sparse` are the codecs, `frame` packs several blobs into one message.
 """
 
 from __future__ import annotations
@@ -12,7 +12,20 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from lamina.errors import ConfigError, WireError, meant
-from lamina.wire.codec import Codec, Context, Schema, Size, Spec, decode, encode, layout, schema_of, transmit
+from lamina.wire.codec import (
+    Codec,
+    Content,
+    Context,
+    Schema,
+    Size,
+    Spec,
+    decode,
+    encode,
+    layout,
+    read,
+    schema_of,
+    transmit,
+)
 from lamina.wire.dense import Dense, Mask
 from lamina.wire.sparse import RandomK, TopK
 from lamina.wire.values import CHOICES, named
@@ -20,6 +33,7 @@ from lamina.wire.values import CHOICES, named
 __all__ = [
     "CODECS",
     "Codec",
+    "Content",
     "Context",
     "Dense",
     "Mask",
@@ -33,6 +47,7 @@ __all__ = [
     "encode",
     "layout",
     "parse",
+    "read",
     "schema_of",
     "transmit",
 ]

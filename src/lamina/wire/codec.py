@@ -8,7 +8,7 @@ whatever its strides; entries outside are not sent and decode to 0.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -19,12 +19,40 @@ from torch import Tensor
 
 from lamina.errors import WireError
 from lamina.tree import Params
-from lamina.wire import container, index, values
+from lamina.wire import container, index, scalars, values
 from lamina.wire.coding import only
-from lamina.wire.container import HEADER, MASKED, REF, SUBSET, Buffer, Header, Indices, Reader, Schema, Spec, schema_of
+from lamina.wire.container import (
+    HEADER,
+    MAC,
+    MAC_SIZE,
+    MASKED,
+    REF,
+    SCALARS,
+    SUBSET,
+    Buffer,
+    Header,
+    Indices,
+    Reader,
+    Schema,
+    Spec,
+    schema_of,
+)
 from lamina.wire.values import Coding, Vectors
 
-__all__ = ["Codec", "Context", "Schema", "Size", "Spec", "decode", "encode", "layout", "schema_of", "transmit"]
+__all__ = [
+    "Codec",
+    "Content",
+    "Context",
+    "Schema",
+    "Size",
+    "Spec",
+    "decode",
+    "encode",
+    "layout",
+    "read",
+    "schema_of",
+    "transmit",
+]
 
 
 class Size(NamedTuple):
@@ -32,7 +60,7 @@ class Size(NamedTuple):
 
     Args:
         rows: name -> bytes that are this tensor's own, and its share (by entries, rounded down) of joint sections.
-        shared: headers and what the shares leave over.
+        shared: headers, scalars, the MAC, and what the shares leave over.
         entries: name -> entries that travelled.
     """
 
@@ -51,10 +79,14 @@ class Context:
 
     Args:
         schema: every tensor that could come, in order.
-        mask: name -> bool tensor; a tensor without an entry is dense.
+        mask: name -> bool tensor; a tensor without an entry is dense. Any codec works under a mask; what others call a
+            masked codec is one that does.
         reference: a tree the receiver holds exactly, with every tensor that comes; ``lossless`` values may be coded by
             their distance to it. Other values pay no heed to it.
         seed, purpose, round, client: the address from which `RandomK` draws; only the sender needs it.
+        key: a secret of 16 to 64 bytes. Every blob is sent with a MAC under it, and one without is refused.
+        scalars: numbers that travel beside the tree, by keys 0 to 255, at most 64; only the sender needs them. Here
+            and not beside the tree, so that any codec sends them and counts them.
     """
 
     schema: Schema
@@ -64,6 +96,13 @@ class Context:
     purpose: str = "wire"
     round: int = 0
     client: int = 0
+    key: bytes | None = field(default=None, repr=False)
+    scalars: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.key is not None:
+            container.check_key(self.key)
+        scalars.check(self.scalars or {})
 
 
 class Codec(Protocol):
@@ -103,8 +142,10 @@ class Support:
         unknown = present - schema.keys()
         if unknown:
             raise WireError(f"{min(unknown)!r} is not in the schema of {len(schema)} tensors", code="E342")
+        self.context = context
         self.schema = schema
         self.mask = context.mask or {}
+        self.scalars = context.scalars or {}
         self.names = [name for name in schema if name in present]
         self.partial = len(self.names) < len(schema)
         self.specs = [schema[name] for name in self.names]
@@ -147,7 +188,7 @@ class Support:
 
     def unmasked(self) -> Support:
         """The same tensors with all of their entries."""
-        return self if not self.mask else Support(Context(self.schema), self.names)
+        return self if not self.mask else Support(replace(self.context, mask=None), self.names)
 
     def mask_id(self) -> bytes:
         """Of the whole mask, whichever tensors are present."""
@@ -222,20 +263,26 @@ class Support:
         reference = [reference_id] if reference_id else []
         present = set(self.names)
         subset = [container.write_subset([name in present for name in self.schema])] if self.partial else []
+        numbers = [scalars.write(self.scalars)] if self.scalars else []
         mask = [self.mask_id()] if sparse and self.masked else []
-        return REF * len(reference) | SUBSET * len(subset) | MASKED * len(mask), [*reference, *subset, *mask]
+        flags = REF * len(reference) | SUBSET * len(subset) | SCALARS * len(numbers) | MASKED * len(mask)
+        return flags, [*reference, *subset, *numbers, *mask]
 
-    def head_size(self, sparse: bool) -> int:
-        return HEADER.size + (len(self.schema) + 7) // 8 * self.partial + 8 * (sparse and self.masked)
+    def overhead(self, sparse: bool, reference_id: bytes) -> int:
+        """Bytes before the index section and behind the values."""
+        subset = (len(self.schema) + 7) // 8 * self.partial
+        numbers = scalars.size(self.scalars) if self.scalars else 0
+        mac = 0 if self.context.key is None else MAC_SIZE
+        return HEADER.size + len(reference_id) + subset + numbers + 8 * (sparse and self.masked) + mac
 
-    def attribute(self, sent: Sent, head: int | None = None) -> Size:
-        """Bytes by tensor; `head` those before the index section, if they are not what this end would have sent."""
+    def attribute(self, sent: Sent, overhead: int | None = None) -> Size:
+        """Bytes by tensor; `overhead` those of neither section, if they are not what this end would have sent."""
         of_index = index.split(sent.index_id, sent.index_size, sent.index_own, sent.counts, self.counts)
         of_values = sent.coding.split(sent.values_size, sent.counts, self.dtypes)
         rows = {name: a + b for name, a, b in zip(self.names, of_index, of_values, strict=True)}
-        if head is None:
-            head = self.head_size(sent.index_id in index.SPARSE) + len(sent.coding.reference_id)
-        total = head + sent.index_size + sent.values_size
+        if overhead is None:
+            overhead = self.overhead(sent.index_id in index.SPARSE, sent.coding.reference_id)
+        total = overhead + sent.index_size + sent.values_size
         return Size(rows, total - sum(rows.values()), dict(zip(self.names, sent.counts, strict=True)))
 
 
@@ -314,7 +361,7 @@ class Selecting(Codec, Protocol):
         flags, head = support.head(selection.index_id in index.SPARSE, coding.reference_id)
         body = support.mask_id() if selection.section is None else selection.section
         header = Header(selection.index_id, coding.id, flags)
-        return container.seal(header, container.schema_id(context.schema), [*head, body, *section])
+        return container.seal(header, container.schema_id(context.schema), [*head, body, *section], context.key)
 
     def decode(self, blob: bytes, context: Context) -> Params:
         return open_blob(blob, context, accept=(self.indices, values.accepted(self.values))).tree()
@@ -377,7 +424,8 @@ class Opened(NamedTuple):
     index_own: Sequence[int]
     coding: Coding
     reader: Reader
-    head: int  # bytes before the index section
+    overhead: int  # bytes before the index section and behind the values
+    scalars: dict[int, float]
 
     @property
     def counts(self) -> list[int]:
@@ -390,7 +438,7 @@ class Opened(NamedTuple):
 
     def size(self) -> Size:
         sent = Sent(self.index_id, self.index_size, self.index_own, self.coding, self.reader.left, self.counts)
-        return self.support.attribute(sent, self.head)
+        return self.support.attribute(sent, self.overhead)
 
 
 Accept = tuple[frozenset[int], Mapping[int, Coding]]  # index ids; codings by value id
@@ -400,7 +448,7 @@ EVERY_ID: Accept = (index.SPARSE | {index.DENSE, index.MASK_ID}, values.CODINGS)
 def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, accept: Accept = EVERY_ID) -> Opened:
     """Check a blob up to its values, in the order of the format, against the receiver's own schema and mask."""
     view = container.as_view(blob, max_bytes)
-    header, reader = container.unseal(view, container.schema_id(context.schema))
+    header, reader = container.unseal(view, container.schema_id(context.schema), context.key)
     if header.index_id not in accept[0]:
         raise WireError(f"index id {header.index_id}, expected one of {sorted(accept[0])}", code="E344")
     if header.value_id not in accept[1]:
@@ -413,6 +461,7 @@ def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, acce
         raise WireError(f"flag REF with value id {header.value_id}", code="E344")
     reference_id = bytes(reader.take(8, "reference id")) if header.flags & REF else b""
     names = container.read_subset(reader, context.schema) if header.flags & SUBSET else list(context.schema)
+    numbers = scalars.read(reader) if header.flags & SCALARS else {}
     support = Support(context, names)
     if header.flags & MASKED or header.index_id == index.MASK_ID:
         check_mask(reader, support)
@@ -425,8 +474,9 @@ def open_blob(blob: Any, context: Context, *, max_bytes: int | None = None, acce
     if reference_id:
         coding = check_reference(reference_id, context, support, positions)
     own = found.own if found else ()
-    head = start - 8 if header.index_id == index.MASK_ID else start
-    return Opened(support, positions, header.index_id, size, own, coding, reader, head)
+    before = start - 8 if header.index_id == index.MASK_ID else start
+    overhead = before + (MAC_SIZE if header.flags & MAC else 0)
+    return Opened(support, positions, header.index_id, size, own, coding, reader, overhead, numbers)
 
 
 def check_reference(
@@ -479,6 +529,8 @@ def encode(
     *,
     mask: Params | None = None,
     reference: Params | None = None,
+    key: bytes | None = None,
+    scalars: Mapping[int, float] | None = None,
     context: Context | None = None,
 ) -> bytes:
     """`tree` as bytes.
@@ -489,9 +541,16 @@ def encode(
         mask: name -> bool tensor, known to the receiver too: entries outside are not sent.
         reference: a tree that the receiver holds exactly: ``lossless`` values travel as their distance to it where
             that is smaller.
-        context: for a receiver that knows more tensors than these, and for the address of `RandomK`.
+        key: a secret of 16 to 64 bytes that the receiver holds too: adds a MAC of 16 bytes.
+        scalars: at most 64 numbers that travel beside the tree, by keys 0 to 255: 9 bytes each.
+        context: for a receiver that knows more tensors than these, and for the address of `RandomK`. What is given
+            beside it replaces its own.
+
+    Raises:
+        ConfigError: a key or scalars that are none, or what the codec cannot send.
+        WireError: E342 a tree that is not of the context's schema; E346, E348 a mask or reference of another one.
     """
-    return codec.encode(tree, _context(tree, mask, reference, context))
+    return codec.encode(tree, _context(tree, mask, reference, key, scalars, context))
 
 
 def decode(
@@ -500,22 +559,58 @@ def decode(
     *,
     mask: Params | None = None,
     reference: Params | None = None,
+    key: bytes | None = None,
     max_bytes: int | None = None,
 ) -> Params:
     """The tree in `blob`, whatever codec made it; tensors that were not sent are absent.
+
+    `read` returns the scalars as well.
 
     Args:
         blob: bytes from anywhere. Nothing larger than the schema implies is allocated because of them.
         like: the receiver's own schema, or a tree of that shape.
         mask: the mask both ends hold.
         reference: the tree that the sender took for one this receiver holds.
+        key: the sender's secret. With it, a blob whose MAC is missing or not made with it is refused before anything
+            in it is looked at; without, one that has a MAC is.
         max_bytes: refuse a longer blob unread.
 
     Raises:
-        WireError: and nothing else. Code E340 length, E341 magic or version, E342 schema, E343 checksum, E344 an id
-            or flag that is not supported, E345 a section, E346 mask, E347 compression, E348 reference.
+        WireError: and nothing else, whatever `blob` is. Code E340 length, E341 magic or version, E342 schema, E343
+            checksum, E344 an id or flag that is not supported, E345 a section, E346 mask, E347 compression, E348
+            reference, E349 MAC.
+        ConfigError: a key that is none.
     """
-    return open_blob(blob, Context(schema_of(like), mask, reference), max_bytes=max_bytes).tree()
+    return open_blob(blob, Context(schema_of(like), mask, reference, key=key), max_bytes=max_bytes).tree()
+
+
+class Content(NamedTuple):
+    """All that is in a blob.
+
+    Args:
+        tree: the tensors that were sent.
+        scalars: the numbers beside them, by ascending key.
+        size: the bytes by tensor, as `layout` has them.
+    """
+
+    tree: Params
+    scalars: dict[int, float]
+    size: Size
+
+
+def read(
+    blob: bytes,
+    like: Mapping[str, Tensor] | Mapping[str, Spec],
+    *,
+    mask: Params | None = None,
+    reference: Params | None = None,
+    key: bytes | None = None,
+    max_bytes: int | None = None,
+) -> Content:
+    """All that is in `blob`; arguments and errors are those of `decode`."""
+    opened = open_blob(blob, Context(schema_of(like), mask, reference, key=key), max_bytes=max_bytes)
+    size = opened.size()
+    return Content(opened.tree(), opened.scalars, size)
 
 
 def transmit(
@@ -524,10 +619,12 @@ def transmit(
     *,
     mask: Params | None = None,
     reference: Params | None = None,
+    key: bytes | None = None,
+    scalars: Mapping[int, float] | None = None,
     context: Context | None = None,
 ) -> tuple[Params, Size]:
     """What the receiver of `encode(tree, codec, ...)` will hold, and how many bytes travel."""
-    return codec.transmit(tree, _context(tree, mask, reference, context))
+    return codec.transmit(tree, _context(tree, mask, reference, key, scalars, context))
 
 
 def layout(blob: bytes, context: Context) -> Size:
@@ -535,7 +632,20 @@ def layout(blob: bytes, context: Context) -> Size:
     return open_blob(blob, context).size()
 
 
-def _context(tree: Params, mask: Params | None, reference: Params | None, context: Context | None) -> Context:
+def _context(
+    tree: Params,
+    mask: Params | None,
+    reference: Params | None,
+    key: bytes | None,
+    scalars: Mapping[int, float] | None,
+    context: Context | None,
+) -> Context:
     if context is None:
-        return Context(schema_of(tree), mask, reference)
-    return replace(context, mask=mask or context.mask, reference=reference or context.reference)
+        return Context(schema_of(tree), mask, reference, key=key, scalars=scalars)
+    return replace(
+        context,
+        mask=mask or context.mask,
+        reference=reference or context.reference,
+        key=context.key if key is None else key,
+        scalars=context.scalars if scalars is None else scalars,
+    )

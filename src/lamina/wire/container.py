@@ -7,13 +7,18 @@ bit i is bit (i mod 8) of byte (i div 8) and padding bits are zero::
     3   1  version = 1           16  8  XXH3-64 of the bytes from 24 on, seeded with the XXH3-64 of bytes 0..15
     4   1  index id              24     [REF: 8 bytes, XXH3-64 of the reference's entries at the positions that travel]
     5   1  value id                     [SUBSET: ceil(T/8) bytes, which of the T tensors of the schema are here]
-    6   1  flags                        [MASKED: 8 bytes, id of the mask whose kept entries the indices count]
-    7   1  reserved = 0                 index section (index.py), value section (values.py); nothing may follow
+    6   1  flags                        [SCALARS: numbers beside the tree (scalars.py)]
+    7   1  reserved = 0                 [MASKED: 8 bytes, id of the mask whose kept entries the indices count]
+                                        index section (index.py), value section (values.py)
+                                        [MAC: 16 bytes, keyed BLAKE2b-128 of all before them]; nothing may follow
+
+The checksum stops before the MAC, which covers it: XXH3 finds accidents, the MAC forgeries.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import struct
 import sys
@@ -27,7 +32,7 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lamina.errors import ConfigError, WireError
+from lamina.errors import ConfigError, WireError, expect
 
 Buffer: TypeAlias = bytes | memoryview
 Indices: TypeAlias = NDArray[np.int64]
@@ -36,10 +41,13 @@ MAGIC = b"FLC"
 VERSION = 1
 HEADER = struct.Struct("<3sBBBBB8sQ")
 
-# Flags. MAC and SCALARS are named by the format and refused by this reader; MASKED is our addition: sparse indices
-# under a mask are meaningless without the same mask, and no other field would notice.
+# Flags. MASKED is there because sparse indices under a mask are meaningless without the same mask, and no other field
+# would notice.
 REF, SUBSET, MAC, SCALARS, MASKED = 1, 2, 4, 8, 16
-KNOWN_FLAGS = REF | SUBSET | MASKED
+KNOWN_FLAGS = REF | SUBSET | MAC | SCALARS | MASKED
+
+MAC_SIZE = 16
+KEY_SIZES = range(16, 65)  # bytes; BLAKE2b takes no more
 
 # Code of each dtype in the schema id; a dtype that is not here does not travel.
 DTYPES: dict[torch.dtype, int] = {
@@ -228,15 +236,20 @@ class Header(NamedTuple):
     flags: int
 
 
-def seal(header: Header, schema: bytes, parts: Iterable[Buffer]) -> bytes:
-    """Header and sections as one blob: one pass for the checksum, one copy."""
+def seal(header: Header, schema: bytes, parts: Iterable[Buffer], key: bytes | None = None) -> bytes:
+    """Header and sections as one blob: one pass for the checksum, one copy; with a key, one pass for the MAC."""
     parts = list(parts)
-    front = HEADER.pack(MAGIC, VERSION, *header, 0, schema, 0)[:16]
-    return b"".join([front, checksum(front, parts).to_bytes(8, "little"), *parts])
+    flags = header.flags if key is None else header.flags | MAC
+    front = HEADER.pack(MAGIC, VERSION, header.index_id, header.value_id, flags, 0, schema, 0)[:16]
+    sealed = [front, checksum(front, parts).to_bytes(8, "little"), *parts]
+    return b"".join(sealed if key is None else [*sealed, mac(key, sealed)])
 
 
-def unseal(view: memoryview, schema: bytes) -> tuple[Header, Reader]:
-    """Check everything that can be checked without looking into the sections, in the order of the format."""
+def unseal(view: memoryview, schema: bytes, key: bytes | None = None) -> tuple[Header, Reader]:
+    """Check everything that can be checked without looking into the sections, in the order of the format.
+
+    The reader ends where the value section does.
+    """
     if len(view) < HEADER.size:
         raise WireError(f"{len(view)} bytes, a header alone has {HEADER.size}", code="E340")
     magic, version, index_id, value_id, flags, reserved, sender, digest = HEADER.unpack_from(view)
@@ -248,11 +261,44 @@ def unseal(view: memoryview, schema: bytes) -> tuple[Header, Reader]:
         raise WireError(f"reserved byte {reserved}, expected 0", code="E341")
     if sender != schema:
         raise WireError(f"schema {sender.hex()}, expected {schema.hex()}", code="E342", remedy="another model or tree?")
-    if digest != checksum(view[:16], [view[HEADER.size :]]):
-        raise WireError("checksum does not match", code="E343")
-    if flags & ~KNOWN_FLAGS:
+    if flags & ~KNOWN_FLAGS:  # before the checksum, which ends where flags say
         raise WireError(f"flags {flags:#04x} not supported here", code="E344")
-    return Header(index_id, value_id, flags), Reader(view, HEADER.size)
+    stop = len(view) - MAC_SIZE if flags & MAC else len(view)
+    if stop < HEADER.size:
+        raise WireError(f"{len(view)} bytes, a header and a MAC have {HEADER.size + MAC_SIZE}", code="E340")
+    if key is not None:
+        verify(view, stop, key)
+    if digest != checksum(view[:16], [view[HEADER.size : stop]]):
+        raise WireError("checksum does not match", code="E343")
+    if flags & MAC and key is None:
+        remedy = "give the receiver the sender's key, or let the sender send without one"
+        raise WireError("sent with a MAC, the receiver holds no key", code="E349", remedy=remedy)
+    return Header(index_id, value_id, flags), Reader(view[:stop], HEADER.size)
+
+
+def verify(view: memoryview, stop: int, key: bytes) -> None:
+    """Refuse what no holder of the key wrote. Nothing that is said here tells what would have been right."""
+    if stop == len(view):
+        remedy = "the sender is to encode with the same key"
+        raise WireError("sent without a MAC, the receiver holds a key", code="E349", remedy=remedy)
+    if not hmac.compare_digest(mac(key, [view[:stop]]), view[stop:]):
+        raise WireError("MAC does not match", code="E349", remedy="another key, or changed on the way")
+
+
+def mac(key: bytes, parts: Iterable[Buffer]) -> bytes:
+    """BLAKE2b-128 of `parts`, keyed."""
+    hasher = hashlib.blake2b(key=key, digest_size=MAC_SIZE)
+    for part in parts:
+        hasher.update(part)
+    return hasher.digest()
+
+
+def check_key(key: object) -> None:
+    """ConfigError for what is no key, without telling it."""
+    message = f"key of {len(key)} bytes" if isinstance(key, bytes) else f"key: {type(key).__name__}"
+    expected = f"expected {KEY_SIZES[0]} to {KEY_SIZES[-1]} bytes"
+    fits = isinstance(key, bytes) and len(key) in KEY_SIZES
+    expect(fits, f"{message}, {expected}", remedy="secrets.token_bytes(32), the same at both ends")
 
 
 def checksum(front: Buffer, parts: Iterable[Buffer]) -> int:

@@ -8,12 +8,15 @@ sent once must decode forever: this adds new ones, and stops where one of the sa
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import math
 import re
 import struct
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,19 @@ import zstandard
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from forced import FLOATS, IDS, INDICES, KINDS, NAMES, fast, force, memory, resealed, sealed  # noqa: E402
+from forced import (  # noqa: E402
+    FLOATS,
+    IDS,
+    INDICES,
+    KINDS,
+    NAMES,
+    fast,
+    fast_scalars,
+    force,
+    memory,
+    resealed,
+    sealed,
+)
 
 from lamina.wire import Context, Spec, WireError, index, schema_of  # noqa: E402
 from lamina.wire.codec import Support  # noqa: E402
@@ -88,6 +103,16 @@ CONTEXTS = {
     "huge": Context({"x": Spec((65536, 32768), torch.float32)}),
     "beyond": Context({"x": Spec((65536, 32768), torch.float32), "y": Spec((), torch.float32)}),
 }
+KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
+SHORTEST, LONGEST = bytes(16), bytes(range(64))
+CONTEXTS |= {
+    "keyed": replace(CONTEXTS["floats"], key=KEY),
+    "keyed otherwise": replace(CONTEXTS["floats"], key=OTHER),
+    "keyed rows": replace(CONTEXTS["rows"], key=KEY),
+    "keyed none": replace(CONTEXTS["none"], key=KEY),
+    "shortest key": replace(CONTEXTS["none"], key=SHORTEST),
+    "longest key": replace(CONTEXTS["none"], key=LONGEST),
+}
 HOME = {"ring": ("integers", RING), "none": ("bits", BITS), "own": ("dtypes", MIXED)}
 HOME |= dict.fromkeys(("fp32", "lossless", "REF"), ("floats", EXACT))
 
@@ -103,7 +128,10 @@ frames: list[Vector] = []
 def good(name: str, context: str, blob: bytes) -> None:
     tree = fast(blob, CONTEXTS[context])
     assert not isinstance(tree, str), (name, tree)
-    valid.append({"name": name, "context": context, "blob": blob.hex(), "tree": {k: v.hex() for k, v in tree.items()}})
+    found = {"name": name, "context": context, "blob": blob.hex(), "tree": {k: v.hex() for k, v in tree.items()}}
+    scalars = fast_scalars(blob, CONTEXTS[context])
+    assert not isinstance(scalars, str), (name, scalars)
+    valid.append(found | ({"scalars": {str(k): v.hex() for k, v in scalars.items()}} if scalars else {}))
 
 
 def pairs() -> None:
@@ -170,6 +198,38 @@ def special() -> None:
     )
 
 
+def number(bits: int) -> float:
+    (x,) = struct.unpack("<d", bits.to_bytes(8, "little"))
+    return float(x)
+
+
+NUMBERS = {0: 1.0, 1: -0.0, 7: number(0x7FF8000000000001), 254: number(0xFFF0000000000000), 255: number(1)}
+MOST = {3 * i: 1 / (i + 1) for i in range(64)}
+
+
+def beside() -> None:
+    """SCALARS and MAC, with every other flag."""
+    part = {"w": EXACT["w"], "s": EXACT["s"]}
+    flags = {"REF": 1, "SUBSET": 2, "MAC": 4, "SCALARS": 8, "MASKED": 16}
+    for chosen in itertools.product((False, True), repeat=5):
+        names = [name for name, flag in zip(flags, chosen, strict=True) if flag]
+        if not {"MAC", "SCALARS"} & set(names):
+            continue
+        home = "keyed" if "MAC" in names else "floats"
+        known = replace(CONTEXTS[home], scalars=NUMBERS if "SCALARS" in names else None)
+        known = known if "MASKED" in names else replace(known, mask=None)
+        tree, kind = (part if "SUBSET" in names else EXACT), ("REF" if "REF" in names else "fp32")
+        blob = force(tree, known, 2, kind, [0, 2, 5]).blob
+        assert blob[6] == sum(flags[name] for name in names), names
+        good(f"flags {', '.join(names)}", home, blob)
+    keyed = CONTEXTS["keyed"]
+    good("MAC and SCALARS with the mask's id", "keyed", force(EXACT, replace(keyed, scalars=NUMBERS), 1, "fp32").blob)
+    good("a tree of no tensors and the most scalars", "none", force({}, Context({}, scalars=MOST), 0, "fp32").blob)
+    good("scalars of no pairs", "none", sealed(0, 0, 8, {}, b"\0"))
+    for home in ("keyed none", "shortest key", "longest key"):
+        good(f"nothing but a MAC, {home}", home, force({}, CONTEXTS[home], 0, "fp32").blob)
+
+
 # What is refused.
 
 
@@ -228,8 +288,10 @@ def envelope() -> None:
         change(f"index id {id}", "E344", 4, id)
     for id in (2, 10, 127, 129, 255):
         change(f"value id {id}", "E344", 5, id)
-    for flag, name in ((4, "MAC"), (8, "SCALARS"), (32, "32"), (64, "64"), (128, "128"), (255, "255")):
-        change(f"flag {name}", "E344", 6, flag)
+    change("flag MAC", "E343", 6, 4)  # without one: the last values are taken for it
+    change("flag SCALARS", "E340", 6, 8)  # without any: the first value is taken for their length
+    for flag in (32, 64, 128, 255):
+        change(f"flag {flag}", "E344", 6, flag)
     change("flag MASKED on a dense index", "E344", 6, 16)
     for id in sorted({0, 3, 4, 5, 6, 7, 8, 9, 128}):
         of(f"flag REF on value id {id}", "E344", "floats", (0, id), bytes(80), flags=1)
@@ -427,6 +489,112 @@ def values() -> None:
     of("own: a truth value behind the last one", "E345", "bits", (0, 128), b"\0\x10\0\x01")
 
 
+def forged() -> None:
+    """MAC and SCALARS. KEY is the key of the contexts that are keyed."""
+    plain = force(EXACT, CONTEXTS["bare"], 0, "fp32").blob
+    blob = force(EXACT, replace(CONTEXTS["bare"], key=KEY), 0, "fp32").blob
+    body, mac = blob[:-16], blob[-16:]
+    others = force(FINITE, replace(CONTEXTS["bare"], key=KEY), 0, "fp32").blob
+    changed = blob[:40] + bytes([blob[40] ^ 1]) + blob[41:]
+
+    def keyed(name: str, code: str, raw: bytes) -> None:
+        bad(name, code, "keyed", raw)
+
+    def forge(name: str, at: int, to: int) -> None:
+        keyed(name, "E349", resealed(body[:at] + bytes([to]) + body[at + 1 :]) + mac)
+
+    bad("a MAC for a receiver without a key", "E349", "floats", blob)
+    bad("a MAC for a receiver with another key", "E349", "keyed otherwise", blob)
+    keyed("no MAC for a receiver with a key", "E349", plain)
+    keyed("a MAC under another key", "E349", resealed(blob, OTHER))
+    keyed("a MAC with a bit flipped", "E349", body + bytes([mac[0] ^ 1]) + mac[1:])
+    keyed("a MAC with its last bit flipped", "E349", body + mac[:-1] + bytes([mac[-1] ^ 128]))
+    keyed("a MAC of zeros", "E349", body + bytes(16))
+    keyed("the MAC of another blob", "E349", body + others[-16:])
+    keyed("a MAC back to front", "E349", body + mac[::-1])
+    keyed("a MAC without a key", "E349", body + hashlib.blake2b(body, digest_size=16).digest())
+    keyed("a MAC cut from a longer one", "E349", body + hashlib.blake2b(body, key=KEY).digest()[:16])
+    keyed("a MAC of everything but the header", "E349", body + mac_of(body[24:]))
+    keyed("a MAC over a checksum of zeros", "E349", body + mac_of(body[:16] + bytes(8) + body[24:]))
+    keyed("a MAC behind the header", "E349", resealed(body[:24] + mac + body[24:-16]) + body[-16:])
+    keyed("a MAC cut off", "E349", body)
+    keyed("a MAC cut off, sealed again", "E349", resealed(body))
+    keyed("a MAC cut off, and its flag, sealed again", "E349", resealed(body[:6] + b"\0" + body[7:]))
+    keyed("a MAC without its flag", "E349", resealed(body[:6] + b"\0" + body[7:]) + mac)
+    keyed("a MAC that lacks a byte", "E349", blob[:-1])
+    keyed("a MAC and a byte behind it", "E349", blob + b"\0")
+    keyed("a MAC twice", "E349", blob + mac)
+    keyed("twice the same blob with a MAC", "E349", blob + blob)
+    keyed("a value changed behind the MAC", "E349", changed)
+    forge("a value changed behind the MAC, sealed again", 40, body[40] ^ 1)
+    forge("an index id changed behind the MAC, sealed again", 4, 2)
+    forge("a value id changed behind the MAC, sealed again", 5, 1)
+    forge("a flag set behind the MAC, sealed again", 6, 6)
+    keyed("a header with flag MAC and nothing else", "E340", blob[:24])
+    keyed("a header with flag MAC and 15 bytes", "E340", blob[:24] + mac[:15])
+    bad("a header with flag MAC and 15 bytes, without a key", "E340", "floats", blob[:24] + mac[:15])
+    bad("a value changed behind the MAC, without a key", "E343", "floats", changed)
+    bad("a MAC cut off, without a key", "E343", "floats", body)
+    keyed("another magic with a MAC", "E341", resealed(b"FLD" + blob[3:], KEY))
+    bad("the schema of another model with a MAC", "E342", "keyed rows", blob)
+    keyed("a checksum of zeros under a MAC that holds", "E343", under(blob[:16] + bytes(8) + blob[24:-16]))
+    keyed("flag 32 under a MAC that holds", "E344", resealed(blob[:6] + b"\x24" + blob[7:], KEY))
+    keyed("index id 7 under a MAC that holds", "E344", resealed(blob[:4] + b"\x07" + blob[5:], KEY))
+    keyed("a byte before the MAC", "E340", resealed(body + b"\0" + mac, KEY))
+    keyed("a byte missing before the MAC", "E340", resealed(blob[:-17] + mac, KEY))
+
+    def beside(name: str, code: str, numbers: bytes, rest: bytes = bytes(44)) -> None:
+        of(f"scalars: {name}", code, "rows", (0, 0), numbers + rest, flags=8)
+
+    def pairs(*keys: int) -> bytes:
+        return uv(9 * len(keys)) + b"".join(bytes([key]) + struct.pack("<d", 0.5) for key in keys)
+
+    beside("a key twice", "E345", pairs(1, 2, 2))
+    beside("the first key twice", "E345", pairs(0, 0))
+    beside("keys that descend", "E345", pairs(2, 1))
+    beside("a key out of order at the end", "E345", pairs(*range(1, 64), 0))
+    beside("65 pairs", "E345", pairs(*range(65)))
+    beside("256 pairs", "E345", pairs(*range(256)))
+    beside("half a pair", "E345", b"\x05" + bytes(5))
+    beside("a byte more than a pair", "E345", b"\x0a" + bytes(10))
+    beside("a byte less than a pair", "E345", b"\x08" + bytes(8))
+    beside("2^62 bytes", "E345", uv(1 << 62))
+    beside("a length longer than it needs to be", "E345", b"\x89\0" + pairs(1)[1:])
+    beside("a length of ten bytes", "E345", b"\xff" * 9 + b"\x01")
+    beside("nothing", "E340", b"", b"")
+    beside("a length that does not end", "E340", b"\x80", b"")
+    beside("a pair that is not there", "E340", b"\x09", b"")
+    beside("a pair cut off", "E340", b"\x12" + bytes(17), b"")
+    beside("and no values", "E340", pairs(1), b"")
+    beside("a pair more than their length says", "E340", b"\x09" + pairs(1, 2)[1:])
+    beside("a pair less than their length says", "E345", b"\x12" + pairs(1)[1:])
+    of("scalars without their flag", "E340", "rows", (0, 0), pairs(1) + bytes(44))
+    of("scalars before the bits of the subset", "E345", "floats", (0, 0), pairs(1) + b"\x08" + bytes(4), flags=10)
+    masked = force(EXACT, replace(CONTEXTS["floats"], scalars={1: 0.5}), 2, "fp32", range(5)).blob
+    moved = masked[:24] + masked[34:42] + masked[24:34] + masked[42:]
+    bad("scalars behind the mask's id", "E345", "floats", resealed(moved))
+    referred = force(EXACT, Context(CONTEXTS["floats"].schema, None, BEFORE, scalars={1: 0.5}), 0, "REF").blob
+    bad("scalars before the reference's id", "E345", "floats", resealed(swapped(referred, 24, 32, 42)))
+    keys = replace(CONTEXTS["rows"], scalars={1: 0.5}, key=KEY)
+    under_key = force({"a": torch.zeros(2, 4), "b": torch.zeros(3)}, keys, 0, "fp32").blob
+    bad("scalars changed behind the MAC", "E349", "keyed rows", swapped(under_key, 32, 33, 34))
+    twice = under_key[:24] + pairs(1, 1) + under_key[34:]
+    bad("a key twice under a MAC that holds", "E345", "keyed rows", resealed(twice, KEY))
+
+
+def mac_of(raw: bytes) -> bytes:
+    return hashlib.blake2b(raw, key=KEY, digest_size=16).digest()
+
+
+def under(raw: bytes) -> bytes:
+    """`raw` as it is with a MAC that holds."""
+    return raw + mac_of(raw)
+
+
+def swapped(raw: bytes, start: int, middle: int, stop: int) -> bytes:
+    return raw[:start] + raw[middle:stop] + raw[start:middle] + raw[stop:]
+
+
 def around() -> None:
     """Frames of several blobs."""
     sample = Frame("message", 3, 5, {"n": 1.0, "loss": math.nan}, {"update": b"\x01\x02", "e": b""})
@@ -491,7 +659,8 @@ def known(context: Context) -> dict[str, Any]:
     schema = [[name, list(spec.shape), NAMES[spec.dtype]] for name, spec in context.schema.items()]
     mask = {name: "".join("01"[bit] for bit in x.reshape(-1).tolist()) for name, x in (context.mask or {}).items()}
     held = {name: memory(x).hex() for name, x in context.reference.items()} if context.reference else None
-    return {"schema": schema, "mask": mask, "reference": held}
+    secret = {"key": context.key.hex()} if context.key else {}
+    return {"schema": schema, "mask": mask, "reference": held, **secret}
 
 
 def save(name: str, vectors: list[Vector]) -> None:
@@ -531,7 +700,7 @@ OPEN, CLOSE = "<!-- hostile vectors -->", "<!-- end of hostile vectors -->"
 if __name__ == "__main__":
     torch.manual_seed(0)
     np.seterr(all="ignore")
-    for write in (pairs, special, envelope, heads, indices, compression, values, around):
+    for write in (pairs, special, beside, envelope, heads, indices, compression, values, forged, around):
         write()
     save("contexts.json", [{"name": name, **known(context)} for name, context in CONTEXTS.items()])
     save("valid.json", valid)
