@@ -36,11 +36,11 @@ import numpy as np
 import torch
 
 import lamina
-from lamina.client import Trainer, batches
 from lamina.cohort import draw
 from lamina.engine import cores
 from lamina.engine.allocator import keep_memory
 from lamina.random import generator
+from lamina.training import Trainer, batches
 
 
 class Work(NamedTuple):

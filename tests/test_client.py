@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 import cases
 from lamina import ClientData, ConfigError, FedAvg, Federation, LocalSGD, Message, Params, Plan, State, Work, wire
-from lamina.client import Trainer, batches, client_round
-from lamina.engine.base import work
+from lamina.client import client_round
+from lamina.engine.base import Worker
 from lamina.random import generator
+from lamina.training import Trainer, batches
 
 
 def mse(output: Tensor, y: Tensor) -> Tensor:
@@ -352,9 +353,9 @@ def test_buffers_that_are_not_saved_do_not_outlive_a_client() -> None:
     """`Odd.last` adds to the output: what one client left would change the next one's training."""
     fed = cases.federation(cohort="all")
     plan, setup = fed._plan(*fed.initial, 0, fed.local.lr, 5), fed._setup
-    alone = work("round", fed._trainer, setup, plan, 1, None)
-    work("round", fed._trainer, setup, plan, 0, None)
-    after = work("round", fed._trainer, setup, plan, 1, None)
+    (alone,) = Worker(fed._trainer, setup).do("round", plan, [1], [None])
+    Worker(fed._trainer, setup).do("round", plan, [0], [None])
+    (after,) = Worker(fed._trainer, setup).do("round", plan, [1], [None])
     assert cases.bits(after.message) == cases.bits(alone.message)
 
 

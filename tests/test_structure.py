@@ -18,7 +18,7 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("errors", "random"),
     ("tree", "layers", "data", "models", "schedule", "entry"),
     ("method", "store", "record", "settings"),
-    ("methods", "wire"),
+    ("methods", "wire", "training"),
     ("client", "aggregate", "cohort", "downlink"),
     ("preflight", "evaluate", "books", "advice", "observe"),
     ("engine",),

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lamina import data, models, observe, wire
     from lamina.advice import Advice, guidelines
-    from lamina.client import LocalSGD
     from lamina.data.client_data import ClientData
     from lamina.errors import ConfigError, DataError, LaminaError, RunError, StorageError, WireError
     from lamina.federation import Federation, State, run
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from lamina.methods.stc import STC
     from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
     from lamina.runs import Run
+    from lamina.training import LocalSGD
     from lamina.tree import Message, Params
 
 __version__ = "0.1.0"
@@ -43,7 +43,7 @@ __version__ = "0.1.0"
 # Home of every public name. They are imported when first used, so that `lamina --help` does not wait for torch.
 _HOMES = {
     "advice": ("Advice", "guidelines"),
-    "client": ("LocalSGD",),
+    "training": ("LocalSGD",),
     "data.client_data": ("ClientData",),
     "errors": ("ConfigError", "DataError", "LaminaError", "RunError", "StorageError", "WireError"),
     "federation": ("Federation", "State", "run"),

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lamina.client import Loss, Setup, Trainer
+from lamina.client import Setup
 from lamina.data.transform import Batch
 from lamina.errors import expect
 from lamina.method import Plan
 from lamina.store import Row
+from lamina.training import Loss, Trainer
 
 _PIECE = 500  # examples
 

@@ -21,7 +21,7 @@ from lamina import engine as engines
 from lamina import wire
 from lamina.aggregate import Mean, total
 from lamina.books import Books, Observed
-from lamina.client import BUFFERS, LocalSGD, Loss, Setup, Trainer, addressed_rng
+from lamina.client import BUFFERS, Setup
 from lamina.cohort import draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, Change, Version, codes_values
@@ -29,11 +29,12 @@ from lamina.engine.base import Engine, Kind, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
-from lamina.method import FedAvg, Method, Plan, Task
+from lamina.method import Chain, FedAvg, Method, Plan, Task
 from lamina.preflight import ready
 from lamina.random import address
 from lamina.record import RoundRecord
 from lamina.store import ClientStore, Row, Stored, empty_store, expect_kind
+from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.tree import Message, Params, add, cut
 from lamina.wire import frame
 
@@ -100,7 +101,7 @@ class Federation:
         metrics: name -> function (outputs, targets) over the whole test set.
         aggregate: "mean".
         seed: every random number follows from it.
-        engine: "auto", "loop", "processes" or "threads"; `workers`: processes, None for one per core.
+        engine: "auto", "loop", "processes", "threads" or "stacked"; `workers`: processes, None for one per core.
         diagnostics: per-layer divergence in the records; costs one float64 per tensor and client on the wire.
         accuracy_before: test every client's model before aggregation too, in rounds that are evaluated; costs an
             evaluation per client, on no wire.
@@ -188,7 +189,8 @@ class Federation:
         self.store = empty_store(store, self.initial.params | buffers_now, like, data.names)
         self._schema = wire.schema_of(self.initial.params)
         self._sizes = data.sizes.tolist()
-        self.engine, self.workers, self.engine_reason = engines.choose(engine, self.cohort, workers)
+        self._stack, why = engines.stack_for(engine, self._trainer, self._setup, self.initial.params, self.cohort)
+        self.engine, self.workers, self.engine_reason = engines.choose(engine, self.cohort, workers, self._stack, why)
         self._fedavg = self._fedavg_bytes()
 
     @property
@@ -228,8 +230,8 @@ class Federation:
         made = copy.copy(self)
         made._setup = self._setup._replace(carry=carry)
         made.store = ClientStore()
-        if self.engine == "processes":
-            made.engine, made.workers = "loop", 1
+        made.engine = "loop" if self.engine == "processes" else self.engine
+        made.workers = 1
         return made
 
     def start(self, engine: Engine) -> tuple[State, Books]:
@@ -439,14 +441,13 @@ def run(
         f"evaluate_every={evaluate_every}: expected a whole number >= 1",
         where="evaluate_every",
     )
-    planned = fed.method.rounds
     horizon = rounds + (state.round if state else 0)
-    if planned is not None and planned != horizon:
-        warnings.warn(f"{fed.method!r} plans {planned} rounds, this run has {horizon}", stacklevel=2)
+    if fed.method.rounds not in (None, horizon):
+        warnings.warn(_planned_otherwise(fed.method, horizon), stacklevel=2)
     if state is not None:
         _expect_own(fed, state)
         state = replace(state, clients=state.clients.on(fed.store.shelf))
-    engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup)
+    engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup, fed._stack)
     try:
         books = Books()
         if state is None:
@@ -460,6 +461,17 @@ def run(
             books = Books()
     finally:
         engine.close()
+
+
+def _planned_otherwise(method: Method[Any, Any], horizon: int) -> str:
+    """What to say of a method whose own schedule is not as long as the run, with its setting as one types it."""
+    parts = method.methods if isinstance(method, Chain) else (method,)
+    i, part = next((i, part) for i, part in enumerate(parts) if part.rounds is not None)
+    said = f"{part!r} plans {part.rounds} rounds, this run has {horizon}"
+    if "rounds" not in getattr(part, "__dataclass_fields__", {}):
+        return said  # nobody can set it
+    key = f"method.{i}.rounds" if isinstance(method, Chain) else "method.rounds"
+    return f"{said}: give both the same, {key}={horizon}, in Python {type(part).__name__}(rounds={horizon})"
 
 
 def _expect_own(fed: Federation, state: State) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lamina.client import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
 from lamina.errors import ConfigError
+from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 
 _TRIAL = 8  # examples
 

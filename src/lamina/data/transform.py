@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,11 @@ Batch = Tensor | dict[str, Tensor]
 
 
 class Transform(Protocol):
-    """A function of a batch; `generator` (on the CPU) is None in evaluation."""
+    """A function of a batch; `generator` (on the CPU) is None in evaluation.
+
+    One without random numbers may say so by an attribute `augments` that is False: then the examples of several clients
+    are handed to it at once.
+    """
 
     def __call__(self, x: Batch, generator: torch.Generator | None) -> Batch: ...
 
@@ -31,6 +35,8 @@ class Identity:
     So images stored as bytes work without a word, while tokens and byte strings (uint8 [B] or [B, length]) stay what
     they are. A dict is treated entry by entry. The order of the axes is kept.
     """
+
+    augments: ClassVar[bool] = False
 
     def __call__(self, x: Batch, generator: torch.Generator | None) -> Batch:
         if isinstance(x, dict):
@@ -74,6 +80,10 @@ class Images:
         expect(min(self.std) > 0, f"std={self.std}: expected positive numbers", where="Images")
         expect(self.crop >= 0, f"crop={self.crop}: expected a number of pixels >= 0", where="Images")
 
+    @property
+    def augments(self) -> bool:
+        return bool(self.crop or self.flip)
+
     def __call__(self, x: Batch, generator: torch.Generator | None) -> Batch:
         """Raises DataError E215 unless x is a uint8 tensor of four dimensions with as many channels as mean."""
         if isinstance(x, dict):
@@ -90,7 +100,7 @@ class Images:
         if self.channels_first_input:
             x = x.permute(0, 2, 3, 1)
         x = x.contiguous()
-        if generator is not None and (self.crop or self.flip):
+        if generator is not None and self.augments:
             x = self._augmented(x, generator)
         batch, height, width, channels = x.shape
         scale, shift = _affine(self.mean, self.std, height * width, x.device)
@@ -135,6 +145,7 @@ class Windows:
         length: characters per window.
     """
 
+    augments: ClassVar[bool] = False
     text: Tensor
     length: int
 

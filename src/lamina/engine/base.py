@@ -8,12 +8,14 @@ from typing import Literal, Protocol
 
 import torch
 
-from lamina.client import Reply, Setup, Trainer, client_probe, client_round
+from lamina.client import Reply, Setup, client_probe, client_round, known
+from lamina.engine.stack import Stack, stack_round
 from lamina.errors import LaminaError, RunError, place
 from lamina.evaluate import Score, score_local, score_personal, score_piece
 from lamina.method import Plan
 from lamina.store import Row
-from lamina.tree import Message
+from lamina.training import Trainer
+from lamina.tree import Message, Params
 
 Kind = Literal["round", "judged", "probe", "test", "personal"]  # judged: a round, with its client's model tested
 
@@ -35,38 +37,61 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
-def work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
-    """One job. What goes wrong in the user's model, loss or method comes out as a RunError (E304) that says where."""
-    try:
-        return _work(kind, trainer, setup, plan, client, row)
-    except LaminaError:
-        raise
-    except Exception as error:
-        raise RunError(
-            f"{type(error).__name__}: {error}",
-            code="E304",
-            where=f"{subject(kind, setup, client)}, round {plan.round}, {place(error)}",
-        ) from error
+class Worker:
+    """Does jobs. A job is one client, or up to `stack.width` of them where a stack trains several at once."""
+
+    def __init__(self, trainer: Trainer, setup: Setup, stack: Stack | None = None):
+        self.trainer = trainer
+        self.setup = setup
+        self.stack = stack
+
+    def jobs(self, kind: Kind, clients: Sequence[int]) -> list[Sequence[int]]:
+        """The clients in their order, job by job: a function of the clients alone, never of who is idle."""
+        width = self.stack.width if self.stack is not None and kind in ("round", "judged") else 1
+        return [clients[at : at + width] for at in range(0, len(clients), width)]
+
+    def do(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Sequence[Row | None]) -> list[Reply]:
+        """One job. What fails in the user's model, loss or method comes out as a RunError (E304) that says where."""
+        try:
+            return self._do(kind, plan, clients, rows)
+        except LaminaError:
+            raise
+        except Exception as error:
+            raise RunError(
+                f"{type(error).__name__}: {error}",
+                code="E304",
+                where=f"{subject(kind, self.setup, clients)}, round {plan.round}, {place(error)}",
+            ) from error
+
+    def _do(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Sequence[Row | None]) -> list[Reply]:
+        trainer, setup = self.trainer, self.setup
+
+        def judge(params: Params) -> Message:
+            trainer.load(params, plan.buffers)
+            return _numbers(score_local(trainer, setup))
+
+        if self.stack is not None and kind in ("round", "judged"):
+            return stack_round(self.stack, setup, plan, clients, rows, judge if kind == "judged" else None)
+        (client,), (row,) = clients, rows
+        match kind:
+            case "probe":
+                return [client_probe(trainer, setup, plan, client)]
+            case "test":
+                return [_scored(client, score_piece(trainer, setup, plan, client))]
+            case "personal":
+                return [_scored(client, score_personal(trainer, setup, plan, client, known(setup, plan, row)))]
+        reply = client_round(trainer, setup, plan, client, row)
+        if kind == "judged":
+            reply.message.update(_numbers(score_local(trainer, setup)))
+        return [reply]
 
 
-def subject(kind: Kind, setup: Setup, client: int) -> str:
+def subject(kind: Kind, setup: Setup, clients: Sequence[int]) -> str:
     """Whom a job is about, for messages."""
-    return "the test set" if kind == "test" else f"client {setup.data.names[client]!r}"
-
-
-def _work(kind: Kind, trainer: Trainer, setup: Setup, plan: Plan, client: int, row: Row | None) -> Reply:
-    if kind == "probe":
-        return client_probe(trainer, setup, plan, client)
     if kind == "test":
-        return _scored(client, score_piece(trainer, setup, plan, client))
-    if row is None:
-        row = Row(setup.method.init_client(plan.params), {})
-    if kind == "personal":
-        return _scored(client, score_personal(trainer, setup, plan, client, row))
-    reply = client_round(trainer, setup, plan, client, row)
-    if kind == "judged":
-        reply.message.update(_numbers(score_local(trainer, setup)))
-    return reply
+        return "the test set"
+    names = [repr(setup.data.names[client]) for client in clients]
+    return f"client {names[0]}" if len(names) == 1 else f"one of the clients {', '.join(names)}"
 
 
 def score_of(reply: Reply) -> Score:

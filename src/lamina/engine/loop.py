@@ -1,34 +1,33 @@
-"""One client after another in this process: `loop` on one thread, `threads` with one client on all cores."""
+"""Job after job in this process: `loop` and `stacked` on one thread, `threads` with one client on all cores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from lamina.client import Reply, Setup, Trainer
+from lamina.client import Reply
 from lamina.engine.allocator import keep_memory
-from lamina.engine.base import Kind, threads, work
+from lamina.engine.base import Kind, Worker, threads
 from lamina.method import Plan
 from lamina.store import Row
 
 
 class LoopEngine:
-    """Args: cores: threads that one client's round may use; 1 is the strategy `loop`."""
+    """Args: cores: threads that one job may use."""
 
     workers = 1
 
-    def __init__(self, trainer: Trainer, setup: Setup, cores: int, reason: str):
-        self.name = "loop" if cores == 1 else "threads"
+    def __init__(self, name: str, worker: Worker, cores: int, reason: str):
+        self.name = name
         self.reason = reason
-        self._trainer = trainer
-        self._setup = setup
+        self._worker = worker
         self._cores = cores
         keep_memory()
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
-        for client in clients:
+        for job in self._worker.jobs(kind, clients):
             with threads(self._cores):
-                reply = work(kind, self._trainer, self._setup, plan, client, rows.get(client))
-            yield reply
+                done = self._worker.do(kind, plan, job, [rows.get(client) for client in job])
+            yield from done
 
     def close(self) -> None:
         pass

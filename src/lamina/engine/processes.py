@@ -1,11 +1,12 @@
-"""One client per core: worker processes forked after the data is loaded, tensors in shared memory.
+"""One job per core: worker processes forked after the data is loaded, tensors in shared memory.
 
     parent   plan -> arena, "round" -> every worker;  then one job at a time to whoever is idle, longest first
-    worker   row <- its slot;  client_round;  message and new row -> the same slot;  "done" -> parent
+    worker   rows <- its slot;  client_round;  messages and new rows -> the same slot;  "done" -> parent
     parent   takes the replies in the schedule's order, whatever order they came in
 
-Only small JSON lines travel through the pipes. One client runs on one thread, exactly as in `loop`, and the parent
-sums in the same order, so both give the same bits for any number of workers.
+A job is one client (`processes`) or a stack of them (`stacked`). Only small JSON lines travel through the pipes. A job
+runs on one thread, as it does in `loop`, and the parent sums in the same order, so both give the same bits for any
+number of workers.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from typing import Any, NoReturn
 import torch
 
 from lamina import wire
-from lamina.client import Reply, Setup, Trainer
+from lamina.client import Reply, known
 from lamina.engine.allocator import keep_memory
 from lamina.engine.arena import Arena, Full, layout
-from lamina.engine.base import Kind, subject, work
+from lamina.engine.base import Kind, Worker, subject
+from lamina.engine.stack import Alike
 from lamina.errors import LaminaError, RunError, class_of
 from lamina.method import Plan
 from lamina.store import Row
@@ -44,27 +46,26 @@ def available() -> bool:
 
 
 class ProcessEngine:
-    """Args: workers: processes; each trains one client at a time on one thread."""
+    """Args: workers: processes; each does one job at a time on one thread."""
 
-    name = "processes"
-
-    def __init__(self, trainer: Trainer, setup: Setup, workers: int, reason: str):
+    def __init__(self, name: str, worker: Worker, workers: int, reason: str):
+        self.name = name
         self.workers = workers
         self.reason = reason
-        self._trainer = trainer
-        self._setup = setup
+        self._worker = worker
         self._pool: _Pool | None = None
 
     def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+        jobs = self._worker.jobs(kind, clients)
         done = 0
         need = 0
         while True:
             if self._pool is None:
-                self._pool = _Pool(self._trainer, self._setup, self.workers, plan, need)
+                self._pool = _Pool(self._worker, self.workers, plan, need)
             try:
-                for reply in self._pool.replies(kind, plan, clients[done:], rows):
+                for replies in self._pool.replies(kind, plan, jobs[done:], rows):
                     done += 1
-                    yield reply
+                    yield from replies
                 return
             except Full as full:  # a method's trees outgrew the slots: fork again with larger ones, go on from there
                 self.close()
@@ -77,15 +78,16 @@ class ProcessEngine:
 
 
 class _Pool:
-    def __init__(self, trainer: Trainer, setup: Setup, workers: int, plan: Plan, need: int):
+    def __init__(self, worker: Worker, workers: int, plan: Plan, need: int):
+        setup, width = worker.setup, worker.stack.width if worker.stack else 1
         _, size = layout({"p": plan.params, "b": plan.buffers})
         _, shared = layout({"mask": plan.mask or {}, **plan.shared})
         self._plans = Arena(2 * size + 4 * shared + (1 << 20))
-        self._slot = max(need, (6 + 2 * len(setup.method.sends)) * size + (1 << 16))
+        self._slot = max(need, width * (6 + 2 * len(setup.method.sends)) * size + (1 << 16))
         slots = max(2 * workers, min(16 * workers, _SLOT_BUDGET // self._slot))
         self._replies = Arena(slots * self._slot)
         self._setup = setup
-        self._like = Row(setup.method.init_client(plan.params), {})  # names the classes of a row
+        self._like = known(setup, plan, None)  # names the classes of a row
         self._free = list(range(slots))
         self._pipes: list[Connection] = []
         self._pids: list[int] = []
@@ -93,14 +95,14 @@ class _Pool:
         gc.freeze()  # so that the collector does not touch, and thereby copy, the pages the workers share
         try:
             for _ in range(workers):
-                self._fork(trainer)
+                self._fork(worker)
         except BaseException:  # also Ctrl-C: whoever was forked already must not be left behind
             self.close()
             raise
         finally:
             gc.unfreeze()
 
-    def _fork(self, trainer: Trainer) -> None:
+    def _fork(self, worker: Worker) -> None:
         ours, theirs = Pipe()
         # The kernel tells a child that its parent died when the forking *thread* ends, so only the main one counts.
         lasting = threading.current_thread() is threading.main_thread()
@@ -117,7 +119,7 @@ class _Pool:
                         pipe.close()
                     if lasting:
                         _die_with_parent()
-                    _Worker(theirs, trainer, self._setup, self._plans, self._replies, self._slot, self._like).run()
+                    _Child(theirs, worker, self._plans, self._replies, self._slot, self._like).run()
                 finally:
                     os._exit(1)
             theirs.close()
@@ -126,7 +128,9 @@ class _Pool:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+    def replies(
+        self, kind: Kind, plan: Plan, jobs: Sequence[Sequence[int]], rows: Mapping[int, Row]
+    ) -> Iterator[list[Reply]]:
         self._announce(kind, plan)
         idle = list(self._pipes)
         busy: dict[Connection, int] = {}  # pipe -> index of its job
@@ -136,23 +140,23 @@ class _Pool:
 
         def feed() -> None:
             nonlocal sent
-            while idle and self._free and sent < len(clients):
+            while idle and self._free and sent < len(jobs):
                 pipe = idle.pop(0)
                 slots[sent] = self._free.pop()
                 busy[pipe] = sent
-                self._give(pipe, clients[sent], rows.get(clients[sent]), slots[sent])
+                self._give(pipe, jobs[sent], rows, slots[sent])
                 sent += 1
 
-        for turn in range(len(clients)):
+        for turn in range(len(jobs)):
             while turn not in ready:
                 feed()
                 answered = wait(list(busy))
                 for pipe in [p for p in busy if p in answered]:
                     index = busy.pop(pipe)
-                    ready[index] = self._receive(pipe, self._activity(kind, clients[index]))
+                    ready[index] = self._receive(pipe, self._activity(kind, jobs[index]))
                     idle.append(pipe)
                 feed()  # before the parent turns to its sum
-            yield self._reply(clients[turn], ready.pop(turn), slots[turn])
+            yield self._read(jobs[turn], ready.pop(turn))
             self._free.append(slots.pop(turn))
 
     def _announce(self, kind: Kind, plan: Plan) -> None:
@@ -165,12 +169,14 @@ class _Pool:
         for pipe in self._pipes:
             self._send(pipe, line)
 
-    def _give(self, pipe: Connection, client: int, row: Row | None, slot: int) -> None:
+    def _give(self, pipe: Connection, clients: Sequence[int], rows: Mapping[int, Row], slot: int) -> None:
         start = slot * self._slot
-        job: dict[str, Any] = {"client": client, "slot": slot, "used": 0}
-        if row is not None:
-            entries, end = self._replies.write({"row": flatten(row)}, start, start + self._slot)
-            job |= {"row": skeleton(row), "entries": entries, "used": end - start}
+        given = {i: rows[client] for i, client in enumerate(clients) if client in rows}
+        entries, end = self._replies.write(
+            {f"{i}": flatten(row) for i, row in given.items()}, start, start + self._slot
+        )
+        shapes = {i: skeleton(row) for i, row in given.items()}
+        job = {"clients": list(clients), "slot": slot, "rows": shapes, "entries": entries, "used": end - start}
         self._send(pipe, json.dumps(job).encode())
 
     def _send(self, pipe: Connection, line: bytes) -> None:
@@ -179,9 +185,9 @@ class _Pool:
         except (BrokenPipeError, ConnectionResetError):
             raise self._died(pipe, "") from None
 
-    def _activity(self, kind: Kind, client: int) -> str:
+    def _activity(self, kind: Kind, clients: Sequence[int]) -> str:
         doing = "training" if kind in ("round", "judged", "probe") else "being evaluated"
-        return f" while {subject(kind, self._setup, client)} was {doing}"
+        return f" while {subject(kind, self._setup, clients)} was {doing}"
 
     def _receive(self, pipe: Connection, activity: str) -> dict[str, Any]:
         try:
@@ -207,13 +213,31 @@ class _Pool:
             remedy="signal 9 is often the kernel running out of memory: fewer workers or a smaller batch_size",
         )
 
-    def _reply(self, client: int, answer: dict[str, Any], slot: int) -> Reply:
+    def _read(self, clients: Sequence[int], answer: dict[str, Any]) -> list[Reply]:
         trees = self._replies.read(answer["entries"])
-        leaves = {name: x.clone() for name, x in trees.pop("row", {}).items()}
-        row: Row | None = unflatten(self._like, answer["row"], leaves)
-        sizes = {tree: wire.Size(*size) for tree, size in answer["sizes"].items()}
-        message = {tree: trees.get(tree, {}) for tree in answer["trees"]}
-        return Reply(client, message, row, sizes, answer["loss"], answer["steps"], answer["refused"])
+        if not answer["alike"]:
+            each = enumerate(zip(clients, answer["replies"], strict=True))
+            return [self._reply(c, figures, trees, f"{i}/") for i, (c, figures) in each]
+        (one,) = answer["replies"]
+        rows = {tree: {name: x.unbind() for name, x in content.items()} for tree, content in trees.items()}
+        first = self._reply(clients[0], one, {}, "")
+        figures = enumerate(zip(clients, answer["loss"], answer["steps"], strict=True))
+        return [
+            first._replace(
+                client=c,
+                message={tree: {name: x[i] for name, x in rows.get(tree, {}).items()} for tree in one["trees"]},
+                loss=loss,
+                steps=steps,
+            )
+            for i, (c, loss, steps) in figures
+        ]
+
+    def _reply(self, client: int, figures: dict[str, Any], trees: Message, prefix: str) -> Reply:
+        leaves = {name: x.clone() for name, x in trees.get(f"{prefix}/row", {}).items()}
+        row: Row | None = unflatten(self._like, figures["row"], leaves)
+        sizes = {name: wire.Size(*size) for name, size in figures["sizes"].items()}
+        message = {name: trees.get(f"{prefix}{name}", {}) for name in figures["trees"]}
+        return Reply(client, message, row, sizes, figures["loss"], figures["steps"], figures["refused"])
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -227,15 +251,12 @@ class _Pool:
                     pass  # already gone, or reaped by the embedding program
 
 
-class _Worker:
+class _Child:
     """The child's side. It never returns: it ends with its pipe, and does not run the parent's exit handlers."""
 
-    def __init__(
-        self, pipe: Connection, trainer: Trainer, setup: Setup, plans: Arena, replies: Arena, slot: int, like: Row
-    ):
+    def __init__(self, pipe: Connection, worker: Worker, plans: Arena, replies: Arena, slot: int, like: Row):
         self._pipe = pipe
-        self._trainer = trainer
-        self._setup = setup
+        self._worker = worker
         self._plans = plans
         self._replies = replies
         self._slot = slot
@@ -286,24 +307,38 @@ class _Worker:
 
     def _work(self, kind: Kind, plan: Plan | None, job: dict[str, Any]) -> dict[str, Any]:
         assert plan is not None  # the parent announces a plan before the first job
-        start = job["slot"] * self._slot
-        row = None
-        if "row" in job:
-            leaves = self._replies.read(job["entries"]).get("row", {})
-            row = unflatten(self._like, job["row"], leaves)
-        reply = work(kind, self._trainer, self._setup, plan, job["client"], row)
+        start, end = job["slot"] * self._slot, (job["slot"] + 1) * self._slot
+        leaves = self._replies.read(job["entries"])
+        rows = [
+            unflatten(self._like, job["rows"][str(i)], leaves.get(str(i), {})) if str(i) in job["rows"] else None
+            for i in range(len(job["clients"]))
+        ]
+        replies = self._worker.do(kind, plan, job["clients"], rows)
         # What came in may live on in what goes out (an untouched residual), so the reply is laid down behind it.
-        trees = reply.message | {"row": flatten(reply.row)}
-        entries, _ = self._replies.write(trees, start + job["used"], start + self._slot)
-        return {
-            "entries": entries,
-            "trees": list(reply.message),
-            "row": skeleton(reply.row),
-            "sizes": {tree: tuple(size) for tree, size in reply.sizes.items()},
-            "loss": reply.loss,
-            "steps": reply.steps,
-            "refused": reply.refused,
-        }
+        start += job["used"]
+        if isinstance(replies, Alike):
+            entries, _ = self._replies.write(replies.stacks, start, end)
+            one = _figures(replies[0])
+            return {"alike": len(replies), "entries": entries, "replies": [one]} | {
+                "loss": [reply.loss for reply in replies],
+                "steps": [reply.steps for reply in replies],
+            }
+        trees = {f"{i}/{tree}": content for i, reply in enumerate(replies) for tree, content in reply.message.items()}
+        trees |= {f"{i}//row": flatten(reply.row) for i, reply in enumerate(replies)}
+        entries, _ = self._replies.write(trees, start, end)
+        return {"alike": 0, "entries": entries, "replies": [_figures(reply) for reply in replies]}
+
+
+def _figures(reply: Reply) -> dict[str, Any]:
+    """What of a reply is not in tensors."""
+    return {
+        "trees": list(reply.message),
+        "row": skeleton(reply.row),
+        "sizes": {tree: tuple(size) for tree, size in reply.sizes.items()},
+        "loss": reply.loss,
+        "steps": reply.steps,
+        "refused": reply.refused,
+    }
 
 
 def _die_with_parent() -> None:

@@ -1,0 +1,310 @@
+"""Several clients at once, their weights stacked along a first dimension: for models whose operations are so small
+that calling them takes longer than computing them.
+
+    starts [K, ...]  ->  steps, the m clients that have one left  ->  weights [K, ...]  ->  K messages
+
+Clients come with most steps first, so those that still train are always the first m, a view of the stacks. One step is
+that of `training.Trainer.train`, in the same order; `correct` is written for one client and mapped over them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
+
+from lamina.client import Reply, Setup, Start, begin, finish, transmit_message
+from lamina.data.transform import Batch
+from lamina.method import Plan, Work
+from lamina.random import generator
+from lamina.store import Row
+from lamina.training import Trainer, batches
+from lamina.tree import Message, Params, flatten, select, skeleton, sub, unflatten
+from lamina.wire import Dense
+
+WIDTH = 25  # clients in a stack: more no longer fit a core's cache at 50,000 parameters, fewer than ten are slower
+
+Chunks = Sequence[Tensor]  # example indices of each client's minibatch
+Fetch = Callable[[Sequence[int], Chunks], tuple[Batch, Batch]]
+Judge = Callable[[Params], Message]
+
+
+class Gradient(Protocol):
+    """The loss gradients of several clients, each at its own weights on its own minibatch."""
+
+    fuses: bool  # it can also take the step itself
+
+    def __call__(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
+        """Gradients [m, ...] by name, and losses [m]. `fetch(members, chunks)` gives x and y [g, b, ...] of so many
+        of them; a minibatch of less than b is filled up with its first example."""
+        ...
+
+    def descend(self, weights: Params, chunks: Chunks, fetch: Fetch, lr: float) -> Tensor:
+        """One step of plain SGD in place, where `fuses`; losses [m]."""
+        ...
+
+
+class Vmapped:
+    """Any model without randomness and without buffers, by torch's vmap."""
+
+    fuses = False
+
+    def __init__(self, trainer: Trainer):
+        model = copy.deepcopy(trainer.model)  # should torch fail in the middle, it leaves its own tensors in there
+        model.train()
+        rest = {n: x.detach() for n, x in model.named_parameters() if n not in trainer.params}
+        rest |= dict(model.named_buffers())
+
+        def loss(weights: Params, x: Batch, y: Batch) -> Tensor:
+            args, kwargs = ((), x) if isinstance(x, dict) else ((x,), None)
+            return trainer.loss(functional_call(model, weights | rest, args, kwargs, tie_weights=False), y)
+
+        self._each = vmap(grad_and_value(loss), randomness="error")
+
+    def __call__(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
+        """Clients whose minibatches have the same size go together: nothing is padded."""
+        sizes = [len(chunk) for chunk in chunks]
+        if len(set(sizes)) == 1:
+            return self._together(weights, list(range(len(chunks))), chunks, fetch)
+        grads = {name: torch.empty_like(w) for name, w in weights.items()}
+        losses = torch.empty(len(chunks))
+        for size in sorted(set(sizes), reverse=True):
+            members = [i for i, n in enumerate(sizes) if n == size]
+            some, value = self._together({n: w[members] for n, w in weights.items()}, members, chunks, fetch)
+            for name, g in some.items():
+                grads[name][members] = g
+            losses[members] = value.to(losses.dtype)
+        return grads, losses
+
+    def _together(self, weights: Params, members: list[int], chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
+        x, y = fetch(members, [chunks[i] for i in members])
+        grads, losses = self._each(weights, x, y)
+        return grads, losses.detach()
+
+    def descend(self, weights: Params, chunks: Chunks, fetch: Fetch, lr: float) -> Tensor:
+        raise NotImplementedError  # `fuses` is False
+
+
+class Alike(list[Reply]):
+    """Replies of one form. `stacks` are their messages, [K, ...]; nobody's row holds a tensor."""
+
+    def __init__(self, replies: Sequence[Reply], stacks: Message):
+        super().__init__(replies)
+        self.stacks = stacks
+
+
+class Together(NamedTuple):
+    """What local training leaves behind, stacked."""
+
+    params: Params
+    grads: Params  # of each client's last minibatch, if somebody asked
+    losses: list[float]
+    steps: list[int]
+
+
+class Stack:
+    """Args: trainer: for its model, loss and data. gradient: of several clients. width: how many of them."""
+
+    def __init__(self, trainer: Trainer, gradient: Gradient, width: int):
+        self.trainer = trainer
+        self.gradient = gradient
+        self.width = width
+
+    def train(
+        self, setup: Setup, plan: Plan, clients: Sequence[int], starts: Sequence[Start], wanted: bool
+    ) -> Together:
+        """K local steps of each client; most steps first. `wanted`: the gradients of the last minibatches too."""
+        local, method, data = setup.local, setup.method, setup.data
+        weights = _stacked([start.params for start in starts])
+        correct = _mapped(setup, plan, [start.row.method for start in starts]) if method.has("correct") else None
+        plain = correct is None and not (local.clip or local.weight_decay or local.momentum or wanted)
+        steps = [local.count(len(data.indices_of(c))) for c in clients]
+        orders = [batches(data, c, local, setup.seed, plan.round) for c in clients]
+        fetch = self.fetch(setup, plan.round, clients, getattr(data.transform, "augments", True))
+        self.trainer.model.train()
+        velocity: Params = {}
+        last = {name: torch.empty_like(w) for name, w in weights.items()} if wanted else {}
+        total = torch.zeros(len(clients), dtype=torch.float64)
+        for k in range(max(steps)):
+            m = sum(n > k for n in steps)
+            w = {name: x[:m] for name, x in weights.items()}
+            chunks = [next(order) for order in orders[:m]]
+            if plain and self.gradient.fuses:
+                total[:m] += self.gradient.descend(w, chunks, fetch, plan.lr)
+                continue
+            g, losses = self.gradient(w, chunks, fetch)
+            total[:m] += losses
+            if wanted:
+                done = sum(n > k + 1 for n in steps)  # those behind it take their last step
+                for name, x in g.items():
+                    last[name][done:m] = x[done:]
+            if correct is not None:
+                g = correct(m, torch.tensor(k), w, g)
+            if local.clip is not None:
+                norm = torch.stack([x.flatten(1).norm(dim=1) for x in g.values()]).norm(dim=0)
+                factor = (local.clip / norm).clamp(max=1.0)
+                g = {name: x * factor.view(-1, *[1] * (x.dim() - 1)) for name, x in g.items()}
+            if local.weight_decay:
+                g = {name: x.add(w[name], alpha=local.weight_decay) for name, x in g.items()}
+            if local.momentum:
+                if not velocity:
+                    velocity = {name: x.clone() for name, x in g.items()}
+                    g = velocity
+                else:
+                    v = {name: x[:m] for name, x in velocity.items()}
+                    for name, x in v.items():
+                        x.mul_(local.momentum).add_(g[name])
+                    g = v
+            for name, x in w.items():
+                x.add_(g[name], alpha=-plan.lr)
+        means = (total / torch.tensor(steps, dtype=torch.float64)).tolist()
+        return Together(weights, last, means, steps)
+
+    def fetch(self, setup: Setup, round: int, clients: Sequence[int], draws: bool) -> Fetch:
+        """Where the examples of these clients come from. `draws`: the transform draws random numbers, so every client
+        needs its own."""
+        data = setup.data
+        augment = [generator(setup.seed, "augment", round, c) for c in clients] if draws else []
+
+        def fetch(members: Sequence[int], chunks: Chunks) -> tuple[Batch, Batch]:
+            b = max(len(chunk) for chunk in chunks)
+            if draws:
+                parts = [data.examples(chunk) for chunk in chunks]
+                xs = [data.transform(x, augment[i]) for i, (x, _) in zip(members, parts, strict=True)]
+                return _filled(xs, b), _filled([y for _, y in parts], b)
+            indices = torch.cat([_longer(chunk, b) for chunk in chunks])
+            x, y = data.examples(indices)
+            return _shaped(data.transform(x, None), len(chunks)), _shaped(y, len(chunks))
+
+        return fetch
+
+
+def stack_round(
+    stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], rows: Sequence[Row | None], judge: Judge | None
+) -> list[Reply]:
+    """`client_round` of each of these clients. `judge`: a further tree of each message, from its local model."""
+    starts = [begin(setup, plan, row) for row in rows]
+    replies: dict[int, Reply] = {}
+    groups = _alike(setup, clients, starts)
+    for members in groups:
+        some, begun = [clients[i] for i in members], [starts[i] for i in members]
+        done = stack.train(setup, plan, some, begun, setup.method.has("report"))
+        made = _plain(setup, plan, some, done) if _says_nothing(setup, plan) else None
+        if judge is None and made is not None and members == list(range(len(clients))):
+            return made
+        each = made or _finished(setup, plan, some, begun, done)
+        if judge is not None:
+            for i, reply in enumerate(each):
+                reply.message.update(judge({n: x[i] for n, x in done.params.items()}))
+        replies |= zip(members, each, strict=True)
+    return [replies[i] for i in range(len(clients))]
+
+
+def _alike(setup: Setup, clients: Sequence[int], starts: Sequence[Start]) -> list[list[int]]:
+    """Positions of clients whose states have the same tensors, most steps first."""
+    groups: dict[str, list[int]] = {}
+    count = [setup.local.count(len(setup.data.indices_of(c))) for c in clients]
+    for i in sorted(range(len(clients)), key=lambda i: -count[i]):
+        state = starts[i].row.method
+        form = str([(path, x.shape, x.dtype) for path, x in flatten(state).items()]) + str(skeleton(state))
+        groups.setdefault(form, []).append(i)
+    return list(groups.values())
+
+
+def _finished(setup: Setup, plan: Plan, clients: Sequence[int], starts: Sequence[Start], done: Together) -> list[Reply]:
+    replies = []
+    for i, (client, start) in enumerate(zip(clients, starts, strict=True)):
+        params, grads = ({name: x[i] for name, x in tree.items()} for tree in (done.params, done.grads))
+        work = Work(params, {}, grads, torch.tensor(done.steps[i]))
+        replies.append(finish(setup, plan, client, start.row, work, done.losses[i]))
+    return replies
+
+
+def _says_nothing(setup: Setup, plan: Plan) -> bool:
+    """Whether every message is the raw update and no more, and nobody remembers anything: then all have one form."""
+    method = setup.method
+    silent = not any(method.has(hook) for hook in ("report", "settle", "init_client"))
+    raw = setup.uplink == Dense() and plan.mask is None and setup.carry is None
+    return silent and raw
+
+
+def _plain(setup: Setup, plan: Plan, clients: Sequence[int], done: Together) -> Alike | None:
+    """`finish` for all clients at once; None where some value is not finite."""
+    update = sub(select(done.params, plan.upload), plan.params)  # [K, ...] - [...]
+    squares = {n: torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) ** 2 for n, x in update.items()}
+    fine = torch.isfinite(torch.stack([*squares.values(), torch.tensor(done.losses, dtype=torch.float64)])).all()
+    if not fine or not update:
+        return None
+    row = Row(setup.method.init_client(plan.params), {})
+    each = {name: x.unbind() for name, x in update.items()}
+    moments = {name: x.unbind() for name, x in squares.items()} if setup.moments else {}
+    steps = torch.tensor(done.steps, dtype=torch.float64).unbind()
+    first: Message = {"update": {name: x[0] for name, x in each.items()}, "steps": {"steps": steps[0]}}
+    _, sizes = transmit_message(first, setup, plan, clients[0], done.losses[0])  # they follow from the shapes
+    replies = []
+    for i, client in enumerate(clients):
+        message: Message = {"update": {name: x[i] for name, x in each.items()}}
+        if setup.moments:
+            message["moments"] = {name: x[i] for name, x in moments.items()}
+        message["steps"] = {"steps": steps[i]}
+        replies.append(Reply(client, message, row, sizes, done.losses[i], done.steps[i], None))
+    stacks: Message = {"update": update, "steps": {"steps": torch.stack(steps)}}
+    return Alike(replies, stacks | ({"moments": squares} if setup.moments else {}))
+
+
+def _stacked(trees: Sequence[Params]) -> Params:
+    first = trees[0]
+    if all(tree is first for tree in trees):
+        return {name: x.expand(len(trees), *x.shape).clone() for name, x in first.items()}
+    return {name: torch.stack([tree[name] for tree in trees]) for name in first}
+
+
+def _mapped(setup: Setup, plan: Plan, states: Sequence[Any]) -> Callable[[int, Tensor, Params, Params], Params]:
+    """`method.correct` over the first m clients: mapped, or one after the other where torch cannot map it."""
+    shape = skeleton(states[0])
+    leaves = _stacked([flatten(state) for state in states])
+    maps = True
+
+    def one(own: Params, step: Tensor, params: Params, grads: Params) -> Params:
+        return setup.method.correct(unflatten(states[0], shape, own), plan, step, params, grads)
+
+    each = vmap(one, in_dims=(0, None, 0, 0), randomness="error")
+
+    def correct(m: int, step: Tensor, params: Params, grads: Params) -> Params:
+        nonlocal maps
+        if maps:
+            try:
+                made: Params = each({path: x[:m] for path, x in leaves.items()}, step, params, grads)
+                return made
+            except RuntimeError:  # a hook that looks at values
+                maps = False
+        corrected = [
+            setup.method.correct(states[i], plan, step, *({n: x[i] for n, x in t.items()} for t in (params, grads)))
+            for i in range(m)
+        ]
+        return {name: torch.stack([tree[name] for tree in corrected]) for name in grads}
+
+    return correct
+
+
+def _longer(x: Tensor, b: int) -> Tensor:
+    """Filled up to b rows with its first one."""
+    return x if len(x) == b else torch.cat([x, x[:1].expand(b - len(x), *x.shape[1:])])
+
+
+def _filled(parts: Sequence[Batch], b: int) -> Batch:
+    first = parts[0]
+    if isinstance(first, dict):
+        return {key: torch.stack([_longer(part[key], b) for part in parts]) for key in first}  # type: ignore[index]
+    return torch.stack([_longer(part, b) for part in parts])  # type: ignore[arg-type]
+
+
+def _shaped(x: Batch, m: int) -> Batch:
+    """The rows of m clients as [m, b, ...]."""
+    if isinstance(x, dict):
+        return {key: value.view(m, len(value) // m, *value.shape[1:]) for key, value in x.items()}
+    return x.view(m, len(x) // m, *x.shape[1:])
