@@ -120,6 +120,23 @@ pair that is not refused has trained five rounds on a small model with a top-k u
 - **←** works with the row's method *before* the column's; **→** with the row's method *after* it; the letter says why;
 - **R** refused at construction with that reason.
 
+In Python `method=lamina.Chain(lamina.SSFL(0.4), lamina.FedLAMA(phi=4))`; on the command line a list, and the settings
+of its members by their numbers (the quotes are for the shell); in a file a table each, from first to last:
+
+```
+lamina run quickstart "method=[ssfl,fedlama]" method.0.density=0.4 method.1.phi=4
+```
+
+```toml
+[[method]]
+name = "ssfl"
+density = 0.4
+
+[[method]]
+name = "fedlama"
+phi = 4
+```
+
 FedAvg is the neutral element and stands with everything but LocalOnly. Longer chains obey the same rules, pair by pair.
 That a chain works does not say that it helps: the combinations we measured are in the recipe `layerwise-combinations`.
 """.splitlines()

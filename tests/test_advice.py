@@ -295,6 +295,42 @@ def test_the_name_stays_a_function():
     assert callable(lamina.guidelines)
 
 
+# ---- printed
+
+
+def test_printed_layers_whose_reasons_differ_in_numbers_alone_are_a_paragraph():
+    """13 linear layers, the first five far from the loss: five pieces of advice of each of two kinds."""
+    advice = guidelines(deep_mlp(), (64,))
+    assert len(advice) == 10
+    wider, residual = str(advice).split("\nresidual")
+    assert wider.splitlines()[0] == "wider: fc1.weight, fc2.weight, fc3.weight, fc4.weight, fc5.weight"
+    assert "16 wide, 1.00 of the mean 16" in wider
+    assert "depth 0 to 4 from the input, 8 to 12 from the loss" in wider
+    assert "through 8 to 12 further layers" in residual
+    assert str(advice).count(ABSTRACT) == 1
+
+
+def test_printed_many_layers_are_counted_and_the_list_has_each():
+    advice = guidelines(on_meta(resnet101, 200, stem="7x7"), (3, 64, 64))
+    assert len(about(advice, NORM)) == 104
+    said = str(advice)
+    assert "normalisation: norm1.weight, layer1.0.norm1.weight, layer1.0.norm2.weight, ... layer4" in said
+    assert "... layer4.2.norm3.weight (104 in all)\n  BatchNorm2d over 64 to 2048 channels" in said
+    assert len(said.splitlines()) < 40
+
+
+def test_printed_changes_that_differ_stay_apart():
+    """A model of one's own has a group norm per number of channels."""
+    model = nn.Sequential(nn.Conv2d(3, 48, 3), nn.BatchNorm2d(48), nn.Conv2d(48, 32, 3), nn.BatchNorm2d(32))
+    said = str(guidelines(model, (3, 8, 8)))
+    assert "normalisation: 1.weight\n" in said
+    assert "normalisation: 3.weight\n" in said
+
+
+def test_no_advice_says_so():
+    assert str(guidelines(mlp((64, 10)), (64,))) == "none of the guidelines applies"
+
+
 # ---- bad input
 
 

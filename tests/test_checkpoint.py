@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,9 @@ def test_the_checkpoint_of_another_method_is_refused(written: Any, read: Any, tm
     with pytest.raises(StorageError) as caught:
         checkpoint.read(path, cases.federation(read, model="small"))
     assert caught.value.code == "E405"
+    assert "another model or method" in caught.value.message
+    assert not re.search("Error|fields|Client", caught.value.message)
+    assert "that the run was begun with" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize("other", ["small", "dropout", "wider"])

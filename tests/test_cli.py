@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -279,8 +280,49 @@ def test_lists_have_a_table_and_objects(what: str) -> None:
 def test_methods_are_listed_with_what_they_take() -> None:
     rows = {row["name"]: row for row in objects(lamina("list", "methods", "--json"))}
     assert rows["fedlama"]["takes"] == "phi=2, warmup=0"
-    assert rows["fedlama"]["about"].startswith("FedLAMA: layers that diverge little")
+    assert rows["fedlama"]["about"] == "aggregates less often the layers that diverge little"
     assert "centralised" in rows
+
+
+def test_every_method_says_what_it_does_in_words_of_one_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["name"]: row["about"] for row in objects(lamina("list", "methods", "--json"))}
+    assert len(set(rows.values())) == len(rows)
+    for about in rows.values():
+        assert re.fullmatch(r"[a-z]+s [^.:]{10,}", about), about  # "pulls local weights ...", no name, no full stop
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = lamina("list", "methods").stdout.splitlines()
+    assert all(any(about in line for line in lines) for about in rows.values())
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_chain_is_explained_where_one_looks_for_it_and_works_as_it_is_said() -> None:
+    said = " ".join(lamina("run", "--help").stdout.split())
+    (line,) = (line for line in lamina("list", "methods").stdout.splitlines() if "several at once" in line)
+    for text in (said, line):
+        command = re.search(r"lamina run (quickstart \"method=[^`]*)", text)
+        assert command is not None
+        target, *keys = shlex.split(command[1])
+        assert load(target, keys, {}).method_title == "ssfl+fedlama"
+
+
+def test_the_bytes_of_the_table_say_that_they_are_totals() -> None:
+    """Of two rounds that cost the same the second line has twice the bytes of the first."""
+    lines = lamina("run", "quickstart", "rounds=2", *QUICK).stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "s/round" in line)
+    assert re.split(r"\s{2,}", lines[start].strip())[6:8] == ["total up", "total down"]
+    first, second = (float(re.split(r"\s{2,}", line.strip())[6].split()[0]) for line in lines[start + 1 : start + 3])
+    assert second == pytest.approx(2 * first, rel=0.01)
+
+
+def test_a_store_that_refuses_leaves_no_run_folder_and_latest_where_it_was(root: Path) -> None:
+    keys = (*QUICK, "rounds=1", "method=errorfeedback", "uplink=topk:0.1", f"store=disk:{root / 'clients'}")
+    assert lamina("run", "quickstart", *keys).exit_code == 0
+    refused = lamina("run", "quickstart", "name=other", *keys)
+    assert refused.exit_code == 5
+    assert "E402  store 'disk:" in refused.stderr
+    assert sorted(path.name for path in root.iterdir()) == ["clients", "latest", "quickstart"]
+    assert [path.name for path in (root / "quickstart").iterdir()] == ["001-errorfeedback"]
+    assert (root / "latest").resolve().name == "001-errorfeedback"
 
 
 def test_presets_are_listed_with_whole_sentences() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shlex
 import string
 import tomllib
 from dataclasses import dataclass
@@ -173,6 +174,54 @@ def test_an_impossible_value_says_what_was_expected_and_its_origin(argument: str
     assert said in str(error)
     assert "command line, argument 2" in (error.where or "")
     assert error.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "got", "remedy"),
+    [
+        (("method=ssfl", 'method.density="0.5"'), "expected a number, got the text '0.5'", "write method.density=0.5"),
+        (("method=ssfl", "method.density=.5"), "expected a number, got the text '.5'", "write method.density=0.5"),
+        (('cohort="3"',), "or a whole number >= 1, got the text '3'", "write cohort=3"),
+        (('cohort="0"',), "or a whole number >= 1, got the text '0'", None),
+        (('rounds="2.5"',), "expected a whole number >= 1, got the text '2.5'", None),
+        (("rounds=1e2",), "expected a whole number >= 1, got 100.0", "write rounds=100"),
+        (("accuracy_before=True",), "expected true or false, got the text 'True'", "write accuracy_before=true"),
+        (("model.widths=64,10",), "a list (a whole number), got the text '64,10'", "write model.widths=[64,10]"),
+        (("data.partition=3",), "got 3", 'write data.partition=\'"3"\', in a file data.partition = "3"'),
+        (("local.clip=x",), "expected a number or 'none', got 'x'", None),
+    ],
+)
+def test_a_value_of_the_wrong_type_says_which_it_is_and_how_to_write_it(
+    arguments: tuple[str, ...], got: str, remedy: str | None
+) -> None:
+    error = refused(*arguments)
+    assert error.code == "E103"
+    assert error.message.endswith(got)
+    assert error.remedy == remedy
+    if remedy is not None:
+        (argument,) = shlex.split(remedy.removeprefix("write ").partition(", in a file")[0])
+        quick(*arguments[:-1], argument)
+
+
+def test_a_quoted_number_in_a_file_says_so_too(tmp_path: Path) -> None:
+    (tmp_path / "exp.toml").write_text('preset = "quickstart"\n[method]\nname = "ssfl"\ndensity = "0.5"\n')
+    with pytest.raises(ConfigError, match=r"method\.density: expected a number, got the text '0.5'") as caught:
+        load(tmp_path / "exp.toml", env={})
+    assert caught.value.where == "exp.toml:4"
+
+
+@pytest.mark.parametrize("said", ["[ssfl,fedlama]", "[ssfl, fedlama]", '["ssfl","fedlama"]'])
+def test_a_chain_is_a_list_with_or_without_quotes_and_its_members_have_numbers(said: str) -> None:
+    made = quick(f"method={said}", "method.0.density=0.4", "method.1.phi=4")
+    assert made.method_title == "ssfl+fedlama"
+    assert [part.arguments.get("density") for part in made.method] == [0.4, None]
+    assert made.method[1].arguments["phi"] == 4
+
+
+def test_a_member_of_a_chain_without_a_name_is_asked_for_it() -> None:
+    error = refused("method=[ssfl,fedlama]", "method.2.phi=4")
+    assert error.message == "method.2 is missing"
+    assert "method.2=NAME" in str(error.remedy)
 
 
 def test_a_value_out_of_a_methods_range_names_the_key() -> None:

@@ -15,6 +15,7 @@ from lamina import (
     Federation,
     FedLAMA,
     LayerRecord,
+    LocalOnly,
     LocalSGD,
     Method,
     RoundRecord,
@@ -305,4 +306,47 @@ def test_a_layer_that_waits_has_no_divergence():
 def test_an_empty_cohort_has_no_definition():
     with pytest.raises(ConfigError, match="at least one client"):
         observe.divergence_std_of([])
+
+
+# ---- records that have not what is read
+
+
+def test_no_records_give_no_rows():
     assert observe.divergence([], federation().layers) == observe.inertia([]) == observe.traffic([]) == []
+    assert observe.accuracy_gap([]) == []
+
+
+def test_divergence_without_diagnostics_is_refused_with_the_setting():
+    fed = federation(diagnostics=False)
+    with pytest.raises(ConfigError, match=r"no divergence, because .* diagnostics=False") as refused:
+        observe.divergence((record for _, record in fed.run(1)), fed.layers)
+    assert "diagnostics=True" in refused.value.remedy
+
+
+def test_where_nothing_is_uploaded_there_is_no_divergence_and_that_is_no_fault():
+    fed = federation(LocalOnly())
+    rows = observe.divergence([record for _, record in fed.run(1)], fed.layers)
+    assert [row.divergence for row in rows] == [None] * 3
+
+
+def test_inertia_of_two_rounds_is_refused():
+    records = [record for _, record in federation().run(3)]
+    with pytest.raises(ConfigError, match="begins with round 2, and the last of them is of round 1") as refused:
+        observe.inertia(records[:2])
+    assert "three rounds" in refused.value.remedy
+    assert len(observe.inertia(records)) == 6
+
+
+def test_a_gap_that_was_not_measured_is_refused_with_the_setting():
+    with pytest.raises(ConfigError, match="no accuracy of the clients' models before") as refused:
+        observe.accuracy_gap([record(0, after=0.5)])
+    assert "accuracy_before=True" in refused.value.remedy
+    with pytest.raises(ConfigError, match="no test set, or none of these rounds was tested"):
+        observe.accuracy_gap([record(0)])
+
+
+@pytest.mark.parametrize("look", [observe.inertia, observe.accuracy_gap, observe.traffic])
+def test_what_is_no_record_is_refused_by_its_type(look):
+    with pytest.raises(ConfigError, match=r"expected those that Federation\.run gives, got tuple") as refused:
+        look(federation().run(1))
+    assert "[record for _, record in fed.run" in refused.value.remedy

@@ -27,7 +27,7 @@ ARGUMENTS: dict[Any, str] = {
     lamina.Federation.evaluate: "self state engine",
     lamina.Federation.module: "self state",
     lamina.run: "fed state rounds evaluate_every",
-    lamina.LocalSGD: "lr momentum weight_decay batch_size epochs steps schedule clip",
+    lamina.LocalSGD: "lr momentum weight_decay batch_size epochs steps schedule clip precision",
     lamina.ClientData.from_clients: "clients test client_tests transform name",
     lamina.ClientData.from_dataset: "train test clients partition seed transform name columns",
     lamina.FedAvg: "",
@@ -57,8 +57,9 @@ ARGUMENTS: dict[Any, str] = {
     lamina.wire.Dense: "values",
     lamina.wire.TopK: "density scope values keep",
     lamina.wire.RandomK: "density values",
-    lamina.wire.encode: "tree codec mask reference context",
-    lamina.wire.decode: "blob like mask reference max_bytes",
+    lamina.wire.encode: "tree codec mask reference key scalars context",
+    lamina.wire.decode: "blob like mask reference key max_bytes",
+    lamina.wire.read: "blob like mask reference key max_bytes",
     lamina.models.mlp: "widths activation bias",
     lamina.guidelines: "model example deep field narrow uneven",
     lamina.observe.divergence: "records layers",
@@ -69,7 +70,7 @@ ARGUMENTS: dict[Any, str] = {
 }
 
 DEFAULTS: dict[Any, dict[str, Any]] = {
-    lamina.LocalSGD: {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 1},
+    lamina.LocalSGD: {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 1, "precision": "fp32"},
     lamina.FedProx: {"mu": 0.01},
     lamina.FedAvgM: {"lr": 1.0, "momentum": 0.9},
     lamina.FedAdagrad: {"lr": 1e-2, "eps": 1e-3},

@@ -508,6 +508,14 @@ def test_a_run_without_its_environment_does_not_go_on(tmp_path: Path) -> None:
         resume(tmp_path / "run", progress=False)
 
 
+def test_without_a_folder_a_run_is_named_by_its_config_below_the_root(tmp_path: Path) -> None:
+    config = load("quickstart", (*SMALL, "name=mine"), env={})
+    run = fit(build(config), 1, root=tmp_path, config=config, progress=False)
+    assert run.path == tmp_path / "mine" / "001-fedavg"
+    run = fit(build(config), 1, root=tmp_path, progress=False)
+    assert run.path == tmp_path / "digits" / "001-fedavg"
+
+
 def test_a_failed_start_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> None:
         raise OSError(errno.EROFS, "Read-only file system")

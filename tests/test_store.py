@@ -6,6 +6,7 @@ import errno
 import gc
 import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -458,7 +459,7 @@ def test_a_damaged_store_is_refused_at_construction_and_left_as_it_is(damage: st
 OTHERS: dict[str, tuple[Any, str, str]] = {
     "model": (ErrorFeedback(), "dropout", r"of another model: [a-z0-9]+\.weight is"),
     "precision": (ErrorFeedback(), "double", r"of another model: [a-z0-9]+\.weight is"),
-    "method": (Scaffold(), "small", r"of another method: a row there is Row\(method=Client\(residual=dict\)"),
+    "method": (Scaffold(), "small", r"of another method: what its clients remember between rounds is not"),
     "stateless": (FedAvg(), "small", "of another method"),
 }
 
@@ -471,6 +472,7 @@ def test_the_store_of_another_model_or_method_is_refused_at_construction(other: 
         cases.federation(method, model, store=f"disk:{left / 'store'}")
     assert caught.value.code == "E405"
     assert caught.value.remedy
+    assert not re.search("Row|dict|Client\\(", str(caught.value))
     assert content(left) == before
 
 
@@ -504,6 +506,10 @@ def test_a_new_run_does_not_take_the_rows_of_another_for_its_own(left: Path) -> 
     assert caught.value.code == "E402"
     assert "resume" in str(caught.value.remedy)
     assert content(left) == before
+    with pytest.raises(StorageError, match="another run, which its checkpoint"):
+        fed.fit(1, left / "run", progress=False)
+    assert content(left) == before
+    assert not (left / "run").exists()
 
 
 def test_a_new_run_takes_the_place_of_rows_that_no_checkpoint_needs(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ of any single change is not published, so no advice here promises one.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -43,6 +44,33 @@ class Advice(NamedTuple):
     source: str  # who says so
 
 
+class AdviceList(list[Advice]):
+    """A piece of advice per layer and reason. Printed, those whose reasons differ in numbers alone are one paragraph,
+    with the first layers and the last one by name, and the ranges of the numbers."""
+
+    def __str__(self) -> str:
+        alike: dict[tuple[str, ...], list[Advice]] = {}
+        for advice in self:
+            kind = (advice.guideline, _NUMBER.sub("#", advice.why), advice.change, advice.source)
+            alike.setdefault(kind, []).append(advice)
+        return "\n".join(map(_paragraph, alike.values())) or "none of the guidelines applies"
+
+
+_NUMBER = re.compile(r"\b\d+(?:\.\d+)?\b")
+_NAMED = 4  # layers
+
+
+def _paragraph(alike: Sequence[Advice]) -> str:
+    first = alike[0]
+    names = [advice.layer for advice in alike]
+    if len(names) > _NAMED + 1:
+        names = [*names[: _NAMED - 1], f"... {names[-1]} ({len(names)} in all)"]
+    columns = zip(*(_NUMBER.findall(advice.why) for advice in alike), strict=True)
+    spans = iter([sorted(set(numbers), key=float) for numbers in columns])
+    why = _NUMBER.sub(lambda _: " to ".join(dict.fromkeys((span := next(spans))[:: max(1, len(span) - 1)])), first.why)
+    return f"{first.guideline}: {', '.join(names)}\n  {why}\n  {first.change}\n  {first.source}"
+
+
 class _Look(NamedTuple):
     """One weight tensor in one pass. Depth is its position in model order, as in `lamina.observe`."""
 
@@ -63,8 +91,9 @@ def guidelines(
     field: float = 1.0,
     narrow: float = 1.0,
     uneven: float = 2.0,
-) -> list[Advice]:
-    """What the paper on deeper models would have one change, layer by layer; [] when nothing applies.
+) -> AdviceList:
+    """What the paper on deeper models would have one change, layer by layer; [] when nothing applies. Printed as a
+    whole it has one paragraph for all layers with the same reason.
 
     The thresholds are ours: none is published.
 
@@ -98,7 +127,7 @@ def guidelines(
         *_norm(model),
     )
     order = {name: i for i, (name, _) in enumerate((*model.named_parameters(), *model.named_modules()))}
-    return sorted(advice, key=lambda a: (GUIDELINES.index(a.guideline), order.get(a.layer, len(order))))
+    return AdviceList(sorted(advice, key=lambda a: (GUIDELINES.index(a.guideline), order.get(a.layer, len(order)))))
 
 
 def _batch(model: nn.Module, example: Example | Sequence[int]) -> Example:

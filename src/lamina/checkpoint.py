@@ -132,7 +132,12 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
             for i, tags in enumerate(document.get("past", []))  # of an earlier lamina there is none
         )
     except (KeyError, ValueError, TypeError, SafetensorError) as error:
-        raise StorageError(f"{path.name} is of another kind of run: {error!r}", code="E405", where=str(path)) from error
+        raise StorageError(
+            f"{path.name} was written by a run with another model or method: what it holds does not fit this one",
+            code="E405",
+            where=str(path),
+            remedy="go on with the model, method and settings that the run was begun with",
+        ) from error
     mine = _form(fed.initial.params | fed.initial.buffers)
     theirs = _form(params | buffers)
     if mine != theirs:

@@ -115,7 +115,11 @@ def run(
     quiet: Quiet = False,
     no_color: NoColor = False,
 ) -> None:
-    """Train: `lamina run quickstart`, `lamina run exp.toml method=fedlama method.phi=4 rounds=200`."""
+    """Train: `lamina run quickstart`, `lamina run exp.toml method=fedlama method.phi=4 rounds=200`.
+
+    Several methods at once, a chain, are a list, and its members have numbers: `lamina run quickstart
+    "method=[ssfl,fedlama]" method.0.density=0.4 method.1.phi=4`.
+    """
     from lamina import config as configs
     from lamina import runs, terminal
 
@@ -130,7 +134,7 @@ def run(
         runs.fit(
             fed,
             config.rounds,
-            runs.new_folder(config.name, config.method_title, run_dir),
+            root=run_dir,
             progress=_watcher(out, json, quiet, config.run.log_every),
             config=config,
         ),
@@ -406,6 +410,14 @@ def list_(
         _say(out, terminal.fields([(row["name"], row["about"]) for row in rows], terminal.width_of(out)))
     else:
         _say(out, terminal.table(columns, terminal.width_of(out)))
+        _say(out, _CHAINS if what == "methods" else ())
+
+
+_CHAINS = (
+    "",
+    '  several at once: lamina run quickstart "method=[ssfl,fedlama]" method.1.phi=4',
+    "  which go together, and in which order: docs/methods/composition.md",
+)
 
 
 def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
@@ -429,13 +441,15 @@ def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
         for name, thing in configs.catalogue(section).items():
             defaults = {key: taken.default for key, taken in configs.arguments_of(section, thing).items()}
             said = [key if v is type(v) or repr(v).startswith("<") else f"{key}={v}" for key, v in defaults.items()]
-            rows.append({"name": name, "about": _about(thing), "takes": ", ".join(said)})
+            rows.append({"name": name, "about": configs.about(section, name), "takes": ", ".join(said)})
     columns = [
         Column(what, [row["name"] for row in rows], left=True),
         Column("about", [row["about"] for row in rows], 2, left=True),
     ]
+    if what == "methods":  # what a method does goes last: its settings stand on its page too
+        columns[1] = columns[1]._replace(rank=1)
     if "takes" in rows[0]:
-        columns.insert(1, Column("takes", [row["takes"] for row in rows], 1, left=True))
+        columns.insert(1, Column("takes", [row["takes"] for row in rows], 2 if what == "methods" else 1, left=True))
     return rows, columns
 
 
@@ -443,14 +457,6 @@ def _head(text: str) -> str:
     """The comment that a TOML file begins with, as one line."""
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return " ".join(line.lstrip("# ") for line in lines)
-
-
-def _about(thing: Any) -> str:
-    """First sentence of the docstring; of the module's, where a class says only what it takes."""
-    own = (getattr(thing, "__doc__", None) or "").strip()
-    if not own or own.startswith(("Args:", "No arguments")):
-        own = (sys.modules[thing.__module__].__doc__ or "").strip()
-    return own.splitlines()[0] if own else ""
 
 
 def _data_listed() -> tuple[list[dict[str, Any]], list[Column]]:

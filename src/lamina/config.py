@@ -12,11 +12,13 @@ Errors: E102 unknown key, E103 impossible type or value, E104 not TOML, E105 no 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import inspect
 import json
 import re
+import sys
 import traceback
 import types
 import typing
@@ -30,7 +32,6 @@ from torch import nn
 
 import lamina.data
 from lamina import wire
-from lamina.client import LocalSGD
 from lamina.data import ClientData
 from lamina.entry import is_entry, short
 from lamina.entry import sha256 as entry_sha256
@@ -38,10 +39,11 @@ from lamina.entry import thing as entry_thing
 from lamina.errors import ConfigError, LaminaError, meant
 from lamina.federation import Federation
 from lamina.method import Chain, FedAvg, Method
-from lamina.methods import METHODS
+from lamina.methods import ABOUT, METHODS
 from lamina.models import MODELS
 from lamina.settings import PARTS, SECTIONS, Key, Values, collect, merged
 from lamina.store import expect_kind
+from lamina.training import LocalSGD
 
 CENTRALISED = "centralised"  # no method: all examples with one client, the point of reference
 LOSSES: dict[str, Callable[..., Any]] = {
@@ -89,7 +91,7 @@ class Config(BaseModel):
     weights: Literal["examples", "uniform"] = "examples"
     buffers: Literal["average", "keep", "skip"] = "average"
     loss: str = "cross_entropy"
-    engine: Literal["auto", "loop", "processes", "threads"] = "auto"
+    engine: Literal["auto", "loop", "processes", "threads", "stacked"] = "auto"
     workers: Whole | None = None
     evaluate_every: Whole = 1
     diagnostics: bool = True
@@ -162,7 +164,7 @@ def load(target: str | Path, arguments: Sequence[str] = (), env: Mapping[str, st
 
     Args:
         target: a preset, a TOML file, or a run folder (its config.toml).
-        arguments: `key=value`, dotted; a value is read as TOML, else as a bare string.
+        arguments: `key=value`, dotted; a value is read as TOML, else as a bare string or a list of them.
         env: variables LAMINA_KEY and LAMINA_SECTION__KEY; None: the process's own.
 
     Raises:
@@ -223,8 +225,20 @@ def catalogue(section: str) -> Mapping[str, Callable[..., Any]]:
 
 
 def _centralised() -> FedAvg:
-    """All examples with one client: no federation, the point of reference."""
+    """trains on pooled examples, as a point of reference"""
     return FedAvg()
+
+
+def about(section: str, name: str) -> str:
+    """A line on a part: of a method what it does, else the first of its docstring, or of the module's where a class
+    says only what it takes."""
+    if section == "method" and name in ABOUT:
+        return ABOUT[name]
+    thing = catalogue(section)[name]
+    own = (getattr(thing, "__doc__", None) or "").strip()
+    if not own or own.startswith(("Args:", "No arguments")):
+        own = (sys.modules[thing.__module__].__doc__ or "").strip()
+    return own.splitlines()[0] if own else ""
 
 
 def arguments_of(section: str, thing: Any) -> dict[str, _Takes]:
@@ -295,9 +309,9 @@ def _resolved_part(section: str, given: Mapping[Key, Any], path: Key, origins: M
         entry = _checked(str, own.pop("entry"), f"{section}.entry", where)
         return {"entry": entry, **own}
     if "name" not in own:
-        raise ConfigError(
-            f"{section} is missing", code="E103", where=where, remedy=f"{_listing(section)}, or an entry of your own"
-        )
+        title = ".".join(path)
+        remedy = f"{_listing(section)}, or an entry of your own" + (f": {title}=NAME" if len(path) > 1 else "")
+        raise ConfigError(f"{title} is missing", code="E103", where=where, remedy=remedy)
     name = _checked(str, own["name"], f"{section}.name", where)
     if section in ("uplink", "downlink"):
         return _resolved_codec(section, name, given, path, origins, where)
@@ -362,9 +376,48 @@ def _checked(annotation: Any, value: Any, key: str, origin: str) -> Any:
         adapter = _adapter(annotation)
         return adapter.dump_python(adapter.validate_json(json.dumps(value), strict=True), mode="json")
     except (ValidationError, TypeError):
+        meanings = _meanings(value)
+        got = f"the text {value!r}" if isinstance(value, str) and meanings else repr(value)
+        remedy = next((_written(key, meaning) for meaning in meanings if _fits(annotation, meaning)), None)
         raise ConfigError(
-            f"{key}: expected {_expected(annotation)}, got {value!r}", code="E103", where=origin
+            f"{key}: expected {_expected(annotation)}, got {got}", code="E103", where=origin, remedy=remedy
         ) from None
+
+
+def _fits(annotation: Any, value: Any) -> bool:
+    try:
+        _adapter(annotation).validate_json(json.dumps(value), strict=True)
+    except (ValidationError, TypeError):
+        return False
+    return True
+
+
+def _meanings(value: Any) -> list[Any]:
+    """Values of other types that somebody may have meant: a text that says a number, a number that is to be a text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return []
+    if not isinstance(value, str):
+        return [int(value), str(value)] if isinstance(value, float) and value.is_integer() else [str(value)]
+    if value.strip().lower() in ("true", "false"):
+        return [value.strip().lower() == "true"]
+    found: list[Any] = []
+    for read in (int, float, _items):
+        with contextlib.suppress(ValueError):
+            found.append(read(value))
+    return found
+
+
+def _items(text: str) -> list[Any]:
+    """Numbers between commas. Raises ValueError for anything else."""
+    if "," not in text:
+        raise ValueError(text)
+    return [int(item) if item.strip().isdigit() else float(item) for item in text.split(",")]
+
+
+def _written(key: str, value: Any) -> str:
+    """How to write it: a text needs quotes where it could be something else, and a shell takes one pair away."""
+    plain = _literal(value).replace(", ", "," if isinstance(value, list) else ", ")
+    return f"write {key}='{plain}', in a file {key} = {plain}" if isinstance(value, str) else f"write {key}={plain}"
 
 
 @lru_cache(maxsize=256)
@@ -425,7 +478,7 @@ def _known_arguments(section: str, given: Mapping[Key, Any], path: Key) -> tuple
     if (*path, "entry") in given:
         return None
     default = {"method": "fedavg", "uplink": "fp32", "downlink": "fp32"}.get(section)
-    name = given.get((*path, "name"), default)
+    name = given.get((*path, "name"), default if len(path) == 1 else None)  # in a chain every method has a name
     if section in ("uplink", "downlink") and isinstance(name, str):
         base = name.split(":")[0]
         name = base if base in wire.CODECS else "dense"

@@ -38,8 +38,7 @@ def demo(rounds: int, data: str | None, root: Path, watcher: Watcher, fetching: 
     made = []
     for method in (("method=fedavg",), ("method=fedlama", f"method.phi={PHI}")):
         config = _config(data, rounds, *method)
-        folder = runs.new_folder(config.name, config.method_title, root)
-        made.append(runs.fit(build(config), config.rounds, folder, progress=watcher, config=config))
+        made.append(runs.fit(build(config), config.rounds, root=root, progress=watcher, config=config))
     return made
 
 

@@ -1,5 +1,7 @@
 """Functions of round records: they look at a run and touch nothing, so they serve every method.
 
+Of no records they give []. Records that have not what a function reads are refused with the reason.
+
 The divergence columns of a record come from one number per tensor and client, |u|^2, and from the mean: with
 u_k = w_k - w the update of client k of m, and E their mean,
 
@@ -63,18 +65,22 @@ class LayerBytes(NamedTuple):
 
 
 def divergence(records: Iterable[RoundRecord], layers: Iterable[Layer]) -> list[Divergence]:
-    """How far the clients were apart, by depth. Needs records made with `diagnostics=True`.
+    """How far the clients were apart, by depth. Needs records made with `diagnostics=True`, the default.
 
     Literature is divided on whether the layers near the input or those near the loss diverge more: plot both depths.
 
     Args:
         records: of a run.
         layers: the layer table of its model, `fed.layers`: a record does not say which parameters are weights.
+
+    Raises:
+        ConfigError: E101 for records of another model, or made with `diagnostics=False`.
     """
     names = [layer.name for layer in matrices(layers)]
     last = len(names) - 1
     rows = []
-    for record in records:
+    known = _records(records)
+    for record in known:
         missing = next((name for name in names if name not in record.layers), None)
         expect(
             missing is None,
@@ -89,14 +95,33 @@ def divergence(records: Iterable[RoundRecord], layers: Iterable[Layer]) -> list[
                     record.round, name, depth, last - depth, seen.divergence, seen.divergence_std, seen.alignment
                 )
             )
+    moved = [seen for record in known for name in names if (seen := record.layers[name]).update_norm]
+    expect(
+        not moved or any(seen.discrepancy is not None for seen in moved),
+        "records: they have no divergence, because they were made with diagnostics=False",
+        where="records",
+        remedy="Federation(..., diagnostics=True), which is the default; on the command line diagnostics=true",
+    )
     return rows
 
 
 def inertia(records: Iterable[RoundRecord]) -> list[Inertia]:
-    """Per round and parameter, from round 2 on (rounds count from 0): before, there is nothing to compare with."""
+    """Per round and parameter, from round 2 on (rounds count from 0): before, there is nothing to compare with.
+
+    Raises:
+        ConfigError: E101 for records of earlier rounds only.
+    """
+    known = _records(records)
+    last = max((record.round for record in known), default=None)
+    expect(
+        last is None or last >= 2,
+        f"records: they have no inertia, which begins with round 2, and the last of them is of round {last}",
+        where="records",
+        remedy="run at least three rounds: they count from 0",
+    )
     return [
         Inertia(record.round, name, seen.inertia, seen.inertia_l2, seen.inertia_cosine)
-        for record in records
+        for record in known
         for name, seen in record.layers.items()
         if seen.inertia_l2 is not None
     ]
@@ -106,10 +131,26 @@ def accuracy_gap(records: Iterable[RoundRecord]) -> list[Gap]:
     """Rounds in which the clients' models were tested before aggregation and the global model after it.
 
     Needs `Federation(accuracy_before=True)`, which costs an evaluation per client.
+
+    Raises:
+        ConfigError: E101 for records none of which has both.
     """
+    known = _records(records)
+    expect(
+        not known or any(record.accuracy is not None for record in known),
+        "records: they have no accuracy: the data has no test set, or none of these rounds was tested",
+        where="records",
+        remedy="give ClientData a test set; evaluate_every says which rounds are tested",
+    )
+    expect(
+        not known or any(record.accuracy_before is not None for record in known),
+        "records: they have no accuracy of the clients' models before aggregation",
+        where="records",
+        remedy="Federation(..., accuracy_before=True); on the command line accuracy_before=true",
+    )
     return [
         Gap(record.round, record.accuracy_before, record.accuracy, record.accuracy - record.accuracy_before)
-        for record in records
+        for record in known
         if record.accuracy_before is not None and record.accuracy is not None
     ]
 
@@ -119,11 +160,24 @@ def traffic(records: Iterable[RoundRecord]) -> list[LayerBytes]:
     up: Counter[str] = Counter()
     down: Counter[str] = Counter()
     order: dict[str, None] = {}
-    for record in records:
+    for record in _records(records):
         for row in record.traffic:
             order[row.layer] = None
             (up if row.direction == "up" else down)[row.layer] += row.bytes
     return [LayerBytes(layer, up[layer], down[layer]) for layer in order]
+
+
+def _records(records: Iterable[RoundRecord]) -> list[RoundRecord]:
+    """All of them. Raises ConfigError for anything else."""
+    known = list(records)
+    other = next((record for record in known if not isinstance(record, RoundRecord)), None)
+    expect(
+        other is None,
+        f"records: expected those that Federation.run gives, got {type(other).__name__}",
+        where="records",
+        remedy="[record for _, record in fed.run(10)]; of a run in a folder layers.jsonl has the same columns",
+    )
+    return known
 
 
 def divergence_std_of(weights: Sequence[Params]) -> dict[str, float | None]:

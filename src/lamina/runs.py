@@ -34,7 +34,7 @@ from torch import nn
 
 from lamina import checkpoint, wire
 from lamina.data.client_data import POOLED
-from lamina.engine import cores, processes
+from lamina.engine import bits, cores, processes
 from lamina.errors import ConfigError, LaminaError, StorageError, expect
 from lamina.federation import Federation, State
 from lamina.folder import (
@@ -195,8 +195,8 @@ class Run:
         from lamina.config import load
 
         config = load(self.path / "config.toml", env={})
-        engine = "threads"
-        if self.info["engine"] != "threads":
+        engine = self.info["engine"]
+        if bits(engine) == "one thread":
             several = processes.available() and cores() > 1
             engine = "processes" if several and config.engine != "loop" else "loop"
         return config.model_copy(update={"engine": engine})
@@ -207,6 +207,7 @@ def fit(
     rounds: int,
     out: str | Path | None = None,
     *,
+    root: str | Path | None = None,
     evaluate_every: int | None = None,
     checkpoint_every: int | Literal["auto"] | None = None,
     keep_clients_log: bool | None = None,
@@ -217,7 +218,9 @@ def fit(
 
     Args:
         rounds: how many.
-        out: a folder that does not hold a run yet; None: runs/<data>/<NNN>-<method> (LAMINA_RUNS moves `runs`).
+        out: a folder that does not hold a run yet; None: runs/<name>/<NNN>-<method>, by the name of the config, without
+            one of the data.
+        root: what stands for `runs` there; None: LAMINA_RUNS, else ./runs.
         evaluate_every: test after every so many rounds, and after the last; None: as the config says, without one 1.
         checkpoint_every: rounds between two commits; "auto": as often as costs a twentieth of the time. The last
             round, and the one that Ctrl-C or an error ends, are committed in any case. None: as the config says,
@@ -228,7 +231,8 @@ def fit(
         config: what the federation was built from; without it the folder cannot be resumed by itself.
 
     Raises:
-        StorageError: E401 the disk is full (the last commit is intact), E402 `out` holds a run already.
+        StorageError: E401 the disk is full (the last commit is intact), E402 `out` holds a run already. What the
+            clients' store refuses (E402, E404 to E406) it refuses before there is a folder.
         Interrupted: Ctrl-C, after the round was committed. A second Ctrl-C stops at once.
     """
     expect(isinstance(rounds, int) and rounds >= 1, f"rounds={rounds}: expected a whole number >= 1", where="rounds")
@@ -241,15 +245,16 @@ def fit(
     whole = checkpoint_every == "auto" or (isinstance(checkpoint_every, int) and checkpoint_every >= 1)
     expect(whole, f"checkpoint_every={checkpoint_every}: expected 'auto' or a whole number >= 1")
     title = method_title(fed.method) if config is None else config.method_title
-    folder = new_folder(fed.data.name, title) if out is None else Path(out)
-    if (folder / "run.json").exists():
+    if out is not None and (Path(out) / "run.json").exists():
         raise StorageError(
-            f"{folder} holds a run already",
+            f"{out} holds a run already",
             code="E402",
             where="out",
             remedy="another folder, or "
             + ("`lamina.runs.resume(path, fed=fed)`" if config is None else "`lamina resume`"),
         )
+    fed.store.shelf.begin()
+    folder = new_folder(fed.data.name if config is None else config.name, title, root) if out is None else Path(out)
     with _starting(folder), locked(folder):
         options = {
             "evaluate_every": evaluate_every,
@@ -367,7 +372,7 @@ def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federatio
             "the result would be that of no config",
             f'a run that is to go on later needs a length: local.schedule="cosine:{total}"',
         )
-    if (fed.engine == "threads") != (info["engine"] == "threads"):
+    if bits(fed.engine) != bits(info["engine"]):
         raise refuse(
             f"engine={fed.engine!r}: this run was begun with {info['engine']!r}, which gives other bits",
             f"Federation(..., engine={info['engine']!r})",
@@ -666,7 +671,9 @@ def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]
                 "final_sha256": info["final_sha256"],
                 "torch": info["torch"],
                 "engine": info["engine"],
-                "bits": f"threads on {info.get('cores')} cores" if info["engine"] == "threads" else "one thread",
+                "bits": f"threads on {info.get('cores')} cores"
+                if info["engine"] == "threads"
+                else bits(info["engine"]),
             }
         )
     return rows

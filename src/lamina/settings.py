@@ -167,10 +167,12 @@ def _command_line(arguments: Sequence[str]) -> Values:
 
 
 def _value(text: str) -> Any:
+    """As TOML; what is none is a bare text, and ``[ssfl,fedlama]`` a list of them, as shells take the quotes away."""
     try:
         tree = tomllib.loads(f"v = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        words = re.fullmatch(r"\[\s*([A-Za-z][\w.:/-]*(\s*,\s*[A-Za-z][\w.:/-]*)*)\s*\]", text)
+        return re.split(r"\s*,\s*", words[1]) if words else text
     plain = tree.keys() == {"v"} and isinstance(tree["v"], str | int | float | list | dict)
     return tree["v"] if plain else text
 

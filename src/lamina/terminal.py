@@ -300,8 +300,8 @@ _ROUND = [
     Column("sync", ["wait"], 2, left=True),
     Column("layers", ["000/000"], 4),
     Column("clients", ["00/00"], 6),
-    Column("up", ["0000.0 MB"]),
-    Column("down", ["0000.0 MB"]),
+    Column("total up", ["0000.0 MB"]),
+    Column("total down", ["0000.0 MB"]),
     Column("vs FedAvg", ["-00.0 %"], 1),
     Column("s/round", ["000.00"], 5),
 ]
@@ -403,7 +403,7 @@ class Terminal:
             self._say([*titles, self._line(cells)])
         if self._live is not None:
             left = (time.monotonic() - self._began) / (self._done - self._first) * (self._total - self._done)
-            pieces = [f"eta {clock(left)}", f"acc {_cells(row, self._personal)[1]}", f"up {size(row.total_up)}",
+            pieces = [f"eta {clock(left)}", f"acc {_cells(row, self._personal)[1]}", f"total up {size(row.total_up)}",
                       f"down {size(row.total_down)}", against(row.saving)]  # fmt: skip
             room = self.out.width - len(self._count()) - 20 - 3
             while len("  ".join(pieces)) > room and len(pieces) > 1:

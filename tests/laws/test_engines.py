@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import cases
-from lamina import LocalSGD
-from lamina import Federation
+from lamina import Federation, LocalSGD
 from lamina.engine import processes
 from lamina.engine.processes import available
 from lamina.engine.stack import Vmapped

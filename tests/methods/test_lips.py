@@ -1,6 +1,7 @@
 """LIPS by hand: its schedule, its masks, and what a shock does to a round."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -86,6 +87,18 @@ def test_a_newer_shock_takes_the_place_of_one_that_waits():
 def test_a_run_of_another_length_warns():
     with pytest.warns(UserWarning, match="plans 300 rounds, this run has 2"):
         with_lamina(lamina.LIPS(), small_mlp(torch.float32), examples(torch.float32), rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        (lamina.LIPS(), "method.rounds=2"),
+        (lamina.Chain(lamina.FedProx(0.1), lamina.LIPS()), "method.1.rounds=2"),
+    ],
+)
+def test_the_warning_names_the_setting_as_one_types_it(method, key):
+    with pytest.warns(UserWarning, match=rf"this run has 2: .*, {re.escape(key)}, in Python LIPS\(rounds=2\)"):
+        with_lamina(method, small_mlp(torch.float32), examples(torch.float32), rounds=2)
 
 
 # What (L3, L4)
@@ -302,6 +315,12 @@ def test_a_model_with_fewer_than_three_layers_is_refused(model, count, layers):
     with pytest.raises(lamina.ConfigError, match=rf"three or more weight tensors .* this model has {count}") as refused:
         bound(model, layers=layers)
     assert refused.value.code == "E117"
+    assert '"model.widths=[64,64,64,10]"' in refused.value.remedy
+    assert "mlp((64, 64, 64, 10))" in refused.value.remedy
+
+
+def test_the_model_that_the_refusal_names_is_taken():
+    assert chosen(mlp((64, 64, 64, 10))) == ["fc2.weight"]
 
 
 # norm_sync="local"

@@ -52,7 +52,34 @@ METHODS: dict[str, type[Method[Any, Any]]] = {
     "localonly": LocalOnly,
 }
 
+ABOUT: dict[str, str] = {  # what it does for whoever chooses it, in at most 60 characters for `lamina list methods`
+    "fedavg": "averages the clients' updates by their examples",
+    "fedprox": "pulls local weights towards the global model",
+    "scaffold": "cancels the clients' drift with control variates",
+    "fedavgm": "adds momentum to the server's step",
+    "fedadagrad": "takes the server's step with Adagrad",
+    "fedadam": "takes the server's step with Adam",
+    "fedyogi": "takes the server's step with Yogi",
+    "errorfeedback": "sends later what a lossy uplink left out",
+    "ef21": "sends how an update differs from the one remembered",
+    "dgc": "sends later what a sparse uplink left out, with momentum",
+    "flare": "pulls local weights to where unsent updates would lead",
+    "fedlama": "aggregates less often the layers that diverge little",
+    "fedluar": "repeats the last update of layers that move little",
+    "fednova": "makes up for clients that take different numbers of steps",
+    "stc": "sends sparse one-bit codes both up and down",
+    "feddyn": "corrects local losses until all clients share a minimum",
+    "lips": "starts some rounds from a pruned copy of the model",
+    "personal": "keeps chosen layers with each client, shares the rest",
+    "ssfl": "trains one sparse subnetwork, chosen before training",
+    "randommask": "trains under one random mask that stays as it is",
+    "feddst": "trains under a sparse mask that the clients adjust",
+    "magnitudepruning": "prunes the smallest weights step by step",
+    "localonly": "trains every client alone, as a point of reference",
+}
+
 __all__ = [
+    "ABOUT",
     "DGC",
     "EF21",
     "FLARE",

@@ -103,7 +103,8 @@ class LIPS(Method[Server, Client]):
             f"this model has {found}",
             code="E117",
             where="model",
-            remedy="take a deeper model",
+            remedy="take a deeper model: an mlp has a weight tensor between any two of its widths, so three with "
+            '"model.widths=[64,64,64,10]", in Python lamina.models.mlp((64, 64, 64, 10))',
         )
         convs = sum(layer.kind == "conv2d" for layer in matrices(task.layers))
         expect(

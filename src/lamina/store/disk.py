@@ -120,7 +120,10 @@ class Disk:
                 f"it is of another model: {odd} is {before.get(odd, 'absent')}, here {after.get(odd, 'absent')}", "E405"
             )
         if theirs["row"] != mine["row"]:
-            raise self._refusal(f"it is of another method: a row there is {theirs['row']}, here {mine['row']}", "E405")
+            raise self._refusal(
+                "it is of another method: what its clients remember between rounds is not what this run's method has "
+                "them remember", "E405",
+            )  # fmt: skip
         name: str = theirs["id"]
         return name
 
