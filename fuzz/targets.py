@@ -122,6 +122,8 @@ KEY = bytes(range(32))
 SCALARS = {0: 1.0, 7: float("nan"), 255: -0.0}
 UNLIKE = 0xC0  # from this first byte on, a key is where none is needed and none where one is
 EXTENTS = [Support(Context(c.schema, mask), c.schema) for c in CONTEXTS[::4] for mask in (None, c.mask)]
+BLOCKS = Context({"x": Spec((1100,), torch.bool), "y": Spec((10, 100), torch.bool)})  # three of index id 10
+EXTENTS.append(Support(BLOCKS, BLOCKS.schema))
 SPARSE = sorted(index.SPARSE)
 COUNTS = [([5, 0, 12], ["float32"] * 3), ([], []), ([0], ["float32"]), ([300], ["float32"])]
 COUNTS += [([3, 4, 70], ["float16", "bfloat16", "float64"]), ([9, 1], ["int64"] * 2), ([9, 12], ["bool", "uint8"])]
@@ -259,7 +261,7 @@ def of_indices() -> Iterator[bytes]:
                 continue
             for share in (0.0, 0.05, 0.3, 0.9, 1.0):
                 positions = np.flatnonzero(rng.random(support.total) < share)
-                section = forced.select(support, id, positions, 7, [True, False, True]).section
+                section = forced.select(support, id, positions, 7, [True, False, True]).write()
                 yield bytes([at, place]) + section
 
 

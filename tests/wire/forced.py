@@ -66,7 +66,7 @@ def force(
     vectors = chosen.take(support.gather(support.tensors(tree)))
     coding = coding_of(kind, support, chosen, context, bits)
     flags, head = support.head(index_id in index.SPARSE, coding.reference_id)
-    body = support.mask_id() if chosen.section is None else chosen.section
+    body = support.mask_id() if chosen.write is None else chosen.write()
     front = Header(index_id, IDS[kind], flags)
     blob = seal(front, schema_id(context.schema), [*head, body, *coding.encode(vectors)], context.key)
     return Forced(blob, support.scatter(coding.transmit(vectors), chosen.positions))
@@ -74,7 +74,7 @@ def force(
 
 def select(support: Support, index_id: int, positions: np.ndarray, seed: int, by_row: Sequence[bool]) -> Selection:
     if index_id == index.DENSE:
-        return Selection(None, index_id, 0, b"")
+        return Selection(None, index_id, 0, bytes)
     if index_id == index.MASK_ID:
         return Selection(None, index_id, 8, None)
     n, k = support.total, len(positions)
@@ -87,9 +87,11 @@ def select(support: Support, index_id: int, positions: np.ndarray, seed: int, by
         section = index.write_gaps(positions)
     elif index_id == index.SQUEEZED:
         section = index.write_squeezed(positions, n)
+    elif index_id == index.ENUMERATED:
+        section = index.enumerate_sets(positions, n).write()
     else:
         section = next(c for c in index.candidates(positions, support.extent) if c.id == index_id).write()
-    return Selection(support.partition(positions), index_id, len(section), section)
+    return Selection(support.partition(positions), index_id, len(section), lambda: section)
 
 
 def mixed(positions: np.ndarray, support: Support, by_row: Sequence[bool]) -> bytes:

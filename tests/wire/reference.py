@@ -6,6 +6,7 @@ it refuses, with which code, is what `lamina.wire` must return and refuse.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import math
@@ -22,8 +23,8 @@ FLOATS = frozenset(DTYPES[:4])
 ONES = {"float32": b"\0\0\x80\x3f", "float64": struct.pack("<d", 1), "float16": b"\0\x3c", "bfloat16": b"\x80\x3f"}
 
 REF, SUBSET, MAC, SCALARS, MASKED = 1, 2, 4, 8, 16
-DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN = 0, 1, 2, 3, 4, 5, 6, 8
-INDICES = frozenset({DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN})
+DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN, ENUMERATED = 0, 1, 2, 3, 4, 5, 6, 8, 10
+INDICES = frozenset({DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN, ENUMERATED})
 SPARSE = INDICES - {DENSE, MASK_ID}
 VALUES = frozenset({0, 1, 3, 4, 5, 6, 7, 8, 9, 128})
 
@@ -309,6 +310,8 @@ def read_index(reader: Reader, index_id: int, of_rows: Sequence[Sequence[int]]) 
         return read_gaps(reader, k, n)
     if index_id == SQUEEZED:
         return ones(Reader(reader.frame(octets(n), octets(n))), k, n)
+    if index_id == ENUMERATED:
+        return read_sets(reader, k, n)
     refuse(index_id != DRAWN, "E344")
     return draw(n, k, int.from_bytes(reader.take(8), "little"))
 
@@ -391,6 +394,38 @@ def read_body(reader: Reader, segments: Sequence[tuple[int, int]]) -> list[int]:
         positions += [start + p for p in range(length) if (p in inside) != (2 * k > length)]
         start += length
     return positions
+
+
+def read_sets(reader: Reader, k: int, n: int) -> list[int]:
+    refuse(n > 65536, "E345")
+    blocks = [range(start, min(n, start + 1024)) for start in range(0, n, 1024)]
+    counts = []
+    if len(blocks) > 1:
+        (low,) = reader.take(1)
+        refuse(low > 19, "E345")
+        high = reader.unary(len(blocks) - 1, 2048 * (len(blocks) - 1) >> low)
+        for a, b in zip(high, reader.lows(len(high), low), strict=True):
+            word = (a << low) + b
+            counts.append(k * 1024 // n + (-(word + 1) // 2 if word % 2 else word // 2))
+    counts += [k - sum(counts)] * (len(blocks) > 0)
+    refuse(any(c < 0 or c > len(block) for c, block in zip(counts, blocks, strict=True)), "E345")
+    widths = [(choices(len(block), c) - 1).bit_length() for block, c in zip(blocks, counts, strict=True)]
+    bits = reader.bits(sum(widths))
+    positions: list[int] = []
+    for block, c, width in zip(blocks, counts, widths, strict=True):
+        number = int("0" + "".join(map(str, reversed(bits[:width]))), 2)
+        bits = bits[width:]
+        refuse(number >= choices(len(block), c), "E345")
+        inside = []
+        for i in range(c, 0, -1):  # the largest p with C(p, i) <= number, below the one before
+            p = next(p for p in range(inside[-1] - 1 if inside else len(block) - 1, -1, -1) if choices(p, i) <= number)
+            number -= choices(p, i)
+            inside.append(p)
+        positions += [block[p] for p in reversed(inside)]
+    return positions
+
+
+choices = functools.lru_cache(1 << 14)(math.comb)
 
 
 def draw(n: int, k: int, seed: int) -> list[int]:

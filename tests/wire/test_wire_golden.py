@@ -84,6 +84,30 @@ def test_sparse_entries_of_a_longer_vector_are_runs():
     assert torch.equal(decode(blob, {"x": x})["x"], x)
 
 
+def test_which_of_few_entries_travel_is_a_number():
+    """1 4 5 9 20 of 24: C(1, 1) + C(4, 2) + C(5, 3) + C(9, 4) + C(20, 5) = 15647 = 3d1f, below C(24, 5) = 42504."""
+    x = torch.zeros(24)
+    x[[1, 4, 5, 9, 20]] = 1.0
+    blob = encode({"x": x}, TopK(0.2))
+    assert header(blob) == "46 4c 43 01 0a 00 00 00"  # index 10
+    assert blob[24:27].hex(" ") == "05 1f 3d"  # k = 5; 16 bits
+    assert blob[27:] == struct.pack("<5f", 1, 1, 1, 1, 1)
+    assert torch.equal(decode(blob, {"x": x})["x"], x)
+
+
+def test_numbers_of_several_blocks_stand_behind_their_counts():
+    """n = 1030: blocks of 1024 and 6. Expected 2 * 1024 div 1030 = 1 and found: 0, of no low bits, unary 1.
+
+    Ranks 3 in 10 bits (C(1024, 1)) and 3 in 3 bits (C(6, 1)): 3 + (3 << 10) = 0c03.
+    """
+    x = torch.zeros(1030)
+    x[[3, 1027]] = 1.0
+    body = bytes.fromhex("02 00 01 03 0c") + struct.pack("<2f", 1, 1)
+    front = bytes.fromhex("46 4c 43 01 0a 00 00 00") + encode({"x": x}, Dense())[8:16]
+    checksum = xxhash.xxh3_64_intdigest(body, seed=xxhash.xxh3_64_intdigest(front))
+    assert torch.equal(decode(front + checksum.to_bytes(8, "little") + body, {"x": x})["x"], x)
+
+
 def test_gaps_are_leb128_in_a_frame():
     """The first position, then distance - 1: 3; 196 = 0x44 + 1 << 7; 79799."""
     x = torch.zeros(100_000)

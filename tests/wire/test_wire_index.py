@@ -23,10 +23,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lamina.errors import ConfigError, WireError
-from lamina.wire import Context, TopK, decode, encode, index, layout, rice, schema_of, transmit
+from lamina.wire import Context, TopK, decode, encode, enumerated, index, layout, rice, schema_of, transmit
 from lamina.wire.codec import Support
 from lamina.wire.container import Reader, uv
-from lamina.wire.index import BITMAP, CHOSEN, DENSE, FLAT, GAPS, MIXED, SQUEEZED, Extent, choose, log2_choose
+from lamina.wire.index import (
+    BITMAP,
+    CHOSEN,
+    DENSE,
+    ENUMERATED,
+    FLAT,
+    GAPS,
+    MIXED,
+    SQUEEZED,
+    Extent,
+    choose,
+    log2_choose,
+)
 
 
 def support(shapes, masks=None):
@@ -47,6 +59,8 @@ def written(positions, extent) -> dict[int, bytes]:
     sections[GAPS] = index.write_gaps(positions)
     if extent.total:  # there is no frame of no bytes
         sections[SQUEEZED] = index.write_squeezed(positions, extent.total)
+    if extent.total <= enumerated.LONGEST:
+        sections[ENUMERATED] = index.enumerate_sets(positions, extent.total).write()
     return sections
 
 
@@ -92,19 +106,24 @@ def check(positions, extent):
         assert slow(id, section, extent) == list(positions)
     known = index.candidates(np.asarray(positions, np.int64), extent)
     assert [c.id for c in known] == [BITMAP, FLAT, MIXED]
+    known.append(index.enumerate_sets(np.asarray(positions, np.int64), extent.total))
     assert [c.size for c in known] == [len(sections[c.id]) for c in known]
     check_choice(positions, extent, sections)
 
 
 def check_choice(positions, extent, sections):
     chosen = choose(np.asarray(positions, np.int64), extent)
+    body = chosen.write()
+    assert len(body) == chosen.size
     if len(positions) == extent.total:
-        assert chosen == (DENSE, b"", ())
+        assert (chosen.id, body, chosen.own) == (DENSE, b"", ())
         return
-    closed = min((len(sections[id]), id) for id in (BITMAP, FLAT, MIXED))
-    assert (len(chosen.body), chosen.id) <= closed
-    assert chosen.body == sections[chosen.id]
-    found = read(chosen.id, chosen.body, extent)
+    quick = min((len(sections[id]), id) for id in (BITMAP, FLAT, MIXED))
+    worth = len(sections[ENUMERATED]) <= 0.995 * quick[0]
+    assert (chosen.size, chosen.id) <= min([quick, *[(len(sections[ENUMERATED]), ENUMERATED)] * worth])
+    assert worth or chosen.id != ENUMERATED
+    assert body == sections[chosen.id]
+    found = read(chosen.id, body, extent)
     assert found.positions.tolist() == list(positions)
     assert list(found.own) == list(chosen.own)
 
@@ -171,7 +190,7 @@ def test_a_range_of_two_to_the_31():
             assert len(section) == coding.size
             assert read(coding.id, section, extent).positions.tolist() == positions
         chosen = choose(np.array(positions, np.int64), extent)
-        assert read(chosen.id, chosen.body, extent).positions.tolist() == positions
+        assert read(chosen.id, chosen.write(), extent).positions.tolist() == positions
     beyond = Extent([n, 1], lambda i: np.array([extent.lengths[i]]))
     with pytest.raises(ConfigError):
         choose(np.array([0]), beyond)
@@ -224,6 +243,7 @@ def test_each_coding_is_chosen_where_it_is_the_smallest():
         DENSE: np.arange(n),
         BITMAP: random_positions(rng, n, n // 2),
         FLAT: random_positions(rng, n, n // 100),
+        ENUMERATED: random_positions(rng, n, n * 2 // 5),
         MIXED: clustered(rng, matrix, 0.02),
         GAPS: stretches,
         SQUEEZED: octets,
@@ -233,17 +253,22 @@ def test_each_coding_is_chosen_where_it_is_the_smallest():
         chosen = choose(positions, extent)
         assert chosen.id == id
         if id != DENSE:
-            assert len(chosen.body) == min(map(len, written(positions, extent).values()))
+            assert chosen.size == min(map(len, written(positions, extent).values()))
 
 
 def test_equal_sizes_go_to_the_lower_id():
-    """k = 1 of 16, position 0: divisor (31 * 45426 + 65536) div 131072 = 11, width 3; k, a quotient, a remainder."""
-    sections = written([0], one(16))
-    assert sections[FLAT].hex(" ") == "01 01 00"
-    assert sections[BITMAP].hex(" ") == "01 01 00"
-    assert choose(np.array([0]), one(16)).id == BITMAP
+    """k = 2 of 4, positions 0 and 3: divisor (6 * 45426 + 2 * 65536) div (2 * 131072) = 1, so gaps 0 2 are 1 001 = 09.
+
+    Of the C(4, 2) = 6 sets it is number C(0, 1) + C(3, 2) = 3.
+    """
+    sections = written([0, 3], one(4))
+    assert sections[FLAT].hex(" ") == "02 09"
+    assert sections[BITMAP].hex(" ") == "02 09"
+    assert sections[ENUMERATED].hex(" ") == "02 03"
+    assert choose(np.array([0, 3]), one(4)).id == BITMAP
     assert written([], one(1000))[FLAT] == written([], one(1000))[GAPS] == b"\x00"
-    assert choose(np.empty(0, np.int64), one(1000)) == (FLAT, b"\x00", ())
+    nothing = choose(np.empty(0, np.int64), one(1000))
+    assert (nothing.id, nothing.write(), nothing.own) == (FLAT, b"\x00", ())
 
 
 def test_zstd_is_tried_only_where_it_may_pay(monkeypatch):
@@ -279,7 +304,7 @@ def test_random_positions_cost_two_percent_more_than_their_entropy(k, share, see
     """0.0584, 0.1133, 0.2139: where two neighbouring powers of two are equally bad divisors."""
     n = round(k / share)
     chosen = choose(random_positions(np.random.default_rng(seed), n, k), one(n))
-    assert 1 <= 8 * len(chosen.body) / log2_choose(n, k) <= 1.02
+    assert 1 <= 8 * chosen.size / log2_choose(n, k) <= 1.02
 
 
 def test_random_positions_of_many_tensors_cost_no_more():
@@ -287,7 +312,7 @@ def test_random_positions_of_many_tensors_cost_no_more():
     s = support([(64, 64, 3, 3), (64,)] * 8)
     positions = random_positions(rng, s.total, s.total // 100)
     chosen = choose(positions, s.extent)
-    assert 8 * len(chosen.body) / log2_choose(s.total, len(positions)) <= 1.02
+    assert 8 * chosen.size / log2_choose(s.total, len(positions)) <= 1.02
 
 
 def test_positions_that_prefer_rows_cost_less_than_random_ones():
@@ -296,7 +321,7 @@ def test_positions_that_prefer_rows_cost_less_than_random_ones():
     positions = clustered(rng, [spec.shape for spec in s.specs], 0.01)
     chosen = choose(positions, s.extent)
     assert chosen.id == MIXED
-    assert 8 * len(chosen.body) / log2_choose(s.total, len(positions)) < 0.85
+    assert 8 * chosen.size / log2_choose(s.total, len(positions)) < 0.85
 
 
 # Through a codec.

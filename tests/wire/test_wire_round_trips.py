@@ -40,6 +40,7 @@ each_coding = settings(
 
 SHAPES = [(), (0,), (1,), (3,), (0, 5), (3, 0), (2, 4), (4, 1), (1, 6), (2, 3, 2), (17,), (5, 7), (8, 2, 2), (9,)]
 LONG = [(300,), (70,), (12, 22), (2, 130)]  # beyond a block of int4, of int8, a byte of counts
+BLOCKS = [(1030,), (3, 400)]  # beyond a block of index id 10
 LAYOUTS = ["flat", "turned", "stepped", "expanded"]
 SPECIAL = {
     "float32": [
@@ -105,7 +106,8 @@ def examples(draw: st.DrawFn, index_ids: list[int], kinds: list[str]) -> tuple[f
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     words = draw(st.lists(st.integers(-(2**63), 2**64 - 1), max_size=3))
     tree, mask, near = {}, {}, {}
-    for i, shape in enumerate(draw(st.lists(st.sampled_from(SHAPES * 3 + LONG), max_size=4))):
+    pool = SHAPES * 3 + LONG + BLOCKS * (index_ids == [index.ENUMERATED])
+    for i, shape in enumerate(draw(st.lists(st.sampled_from(pool), max_size=4))):
         dtype, n = draw(st.sampled_from(KINDS[kind])), math.prod(shape)
         tree[f"t{i}"] = laid_out(entries(rng, words, dtype, n), shape, draw(st.sampled_from(LAYOUTS)))
         share = draw(st.sampled_from([None, None, 0.0, 0.1, 0.5, 1.0]))

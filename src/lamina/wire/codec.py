@@ -7,7 +7,7 @@ whatever its strides; entries outside are not sent and decode to 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -303,7 +303,7 @@ class Selection(NamedTuple):
     positions: list[Indices] | None
     index_id: int
     index_size: int
-    section: bytes | None  # None: the id of the support's mask
+    write: Callable[[], bytes] | None  # the index section; None: the id of the support's mask
     index_own: Sequence[int] = ()  # bytes of the section that are each tensor's own
 
     def counts(self, support: Support) -> list[int]:
@@ -322,7 +322,7 @@ def at(positions: list[Indices] | None, vectors: Vectors) -> Vectors:
 
 def everything(support: Support) -> Selection:
     """All kept entries."""
-    return Selection(None, index.MASK_ID, 8, None) if support.masked else Selection(None, index.DENSE, 0, b"")
+    return Selection(None, index.MASK_ID, 8, None) if support.masked else Selection(None, index.DENSE, 0, bytes)
 
 
 def some(support: Support, positions: list[Indices], section: index.Section | None = None) -> Selection:
@@ -330,7 +330,7 @@ def some(support: Support, positions: list[Indices], section: index.Section | No
     section = section or index.choose(support.flatten(positions), support.extent)
     if section.id == index.DENSE:
         return everything(support)
-    return Selection(positions, section.id, len(section.body), section.body, section.own)
+    return Selection(positions, section.id, section.size, section.write, section.own)
 
 
 class Selecting(Codec, Protocol):
@@ -359,7 +359,7 @@ class Selecting(Codec, Protocol):
         base = self._base(support, selection, context)
         coding, section = values.write(self.values, selection.take(vectors), base)
         flags, head = support.head(selection.index_id in index.SPARSE, coding.reference_id)
-        body = support.mask_id() if selection.section is None else selection.section
+        body = support.mask_id() if selection.write is None else selection.write()
         header = Header(selection.index_id, coding.id, flags)
         return container.seal(header, container.schema_id(context.schema), [*head, body, *section], context.key)
 

@@ -12,6 +12,8 @@
   5   gaps          uv k; if k > 0: uv L; a zstd frame of the k gaps in LEB128 (first position, then distance - 1)
   6   bitmap+zstd   uv k; uv L; a zstd frame of the ceil(n/8) bytes of the bitmap
   8   drawn         uv k; u64 seed: the positions are `draw(n, k, seed)`
+ 10   enumerated    uv k; the counts of blocks of 1024 entries, and which of the sets of so many they are; n is at most
+                    65,536 (`lamina.wire.enumerated`)
 ====  ============  ====================================================================================
 
 Rows are those along the first dimension; under a mask the kept entries of each row that keeps any, so that a pruned row
@@ -34,11 +36,11 @@ import torch
 from numpy.typing import NDArray
 
 from lamina.errors import WireError
-from lamina.wire import rice
+from lamina.wire import enumerated, rice
 from lamina.wire.container import Indices, Reader, compress, decompress, pack_bits, refuse, share, unpack_bits, uv
 
-DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN = 0, 1, 2, 3, 4, 5, 6, 8
-CHOSEN = frozenset({BITMAP, FLAT, MIXED, GAPS, SQUEEZED})  # what `choose` takes when something is left out
+DENSE, MASK_ID, BITMAP, FLAT, MIXED, GAPS, SQUEEZED, DRAWN, ENUMERATED = 0, 1, 2, 3, 4, 5, 6, 8, 10
+CHOSEN = frozenset({BITMAP, FLAT, MIXED, GAPS, SQUEEZED, ENUMERATED})  # what `choose` takes when something is left out
 SPARSE = CHOSEN | {DRAWN}
 LONGEST = 1 << 31  # entries a sparse message may range over: keeps gaps in 5 bytes and their sums in 63 bits
 
@@ -61,11 +63,18 @@ class Extent:
 
 
 class Section(NamedTuple):
-    """An index section: its id, its bytes, and how many of these are each tensor's own (none: of no tensor)."""
+    """An index section of known size: its id, how to write it, and how many bytes are each tensor's own (none: of no
+    tensor)."""
 
+    size: int
     id: int
-    body: bytes
+    write: Callable[[], bytes]
     own: Sequence[int] = ()
+
+    @staticmethod
+    def of(id: int, body: bytes) -> Section:
+        """One that has been written already."""
+        return Section(len(body), id, lambda: body)
 
 
 class Found(NamedTuple):
@@ -75,48 +84,44 @@ class Found(NamedTuple):
     own: Sequence[int] = ()
 
 
-class Candidate(NamedTuple):
-    """A coding whose size is known before it is written."""
-
-    size: int
-    id: int
-    write: Callable[[], bytes]
-    own: Sequence[int] = ()
-
-
 def choose(positions: Indices, extent: Extent) -> Section:
     """The smallest coding, the lowest id of equal ones; dense when nothing is left out.
 
-    Bitmap and runs are compared by size and only the best of them is written. zstd, whose size shows when it is done,
-    is tried where it may pay (`worth_squeezing`).
+    Those of a known size are compared by it and none is written here. zstd, whose size shows when it is done, is tried
+    where it may pay (`worth_squeezing`), and the slowest is left out where it does not (`worth_enumerating`).
     """
     n, k = extent.total, len(positions)
     if k == n:
-        return Section(DENSE, b"")
+        return Section.of(DENSE, b"")
     refuse(n > LONGEST, f"sparse message over {n} entries: at most {LONGEST}")
-    best = min(candidates(positions, extent), key=lambda c: (c.size, c.id))
-    squeezed: list[Section] = []
+    quick = candidates(positions, extent)
+    best = min(quick, key=by_size)
+    others = []
     if worth_squeezing(n, k, best.size):
         if DENSEST * k <= n:
-            squeezed.append(Section(GAPS, write_gaps(positions)))
+            others.append(Section.of(GAPS, write_gaps(positions)))
         if SPARSEST * k > n:
-            squeezed.append(Section(SQUEEZED, write_squeezed(positions, n)))
-    smaller = [s for s in squeezed if (len(s.body), s.id) < (best.size, best.id)]
-    if smaller:
-        return min(smaller, key=lambda s: (len(s.body), s.id))
-    return Section(best.id, best.write(), best.own)
+            others.append(Section.of(SQUEEZED, write_squeezed(positions, n)))
+    if n <= enumerated.LONGEST:
+        slowest = enumerate_sets(positions, n)
+        others += [slowest] * worth_enumerating(slowest.size, best.size)
+    return min([best, *others], key=by_size)
 
 
-def candidates(positions: Indices, extent: Extent) -> list[Candidate]:
-    """The codings whose sizes have a closed form."""
+def by_size(section: Section) -> tuple[int, int]:
+    return section.size, section.id
+
+
+def candidates(positions: Indices, extent: Extent) -> list[Section]:
+    """The codings whose sizes have a closed form and which are quick."""
     n, k = extent.total, len(positions)
     count = uv(k)
     flat = rice.measure(positions, np.array([n]), np.array([k]))
     mixed = rice.mix(positions, extent.lengths, extent.rows)
     return [
-        Candidate(len(count) + (n + 7) // 8, BITMAP, partial(write_bitmap, positions, n)),
-        Candidate(len(count) + flat.size, FLAT, lambda: count + flat.write()),
-        Candidate(len(count) + mixed.size, MIXED, lambda: count + mixed.write(), [len(head) for head in mixed.heads]),
+        Section(len(count) + (n + 7) // 8, BITMAP, partial(write_bitmap, positions, n)),
+        Section(len(count) + flat.size, FLAT, lambda: count + flat.write()),
+        Section(len(count) + mixed.size, MIXED, lambda: count + mixed.write(), [len(head) for head in mixed.heads]),
     ]
 
 
@@ -128,6 +133,18 @@ SPARSEST = 1 << 10  # below this share a bitmap takes longer to go through than 
 def worth_squeezing(n: int, k: int, size: int) -> bool:
     """Whether to try zstd: few positions, many, or fewer bytes already than positions at random take."""
     return k <= FEW or 20 * k > n or 8 * size < 0.97 * log2_choose(n, k)
+
+
+def enumerate_sets(positions: Indices, n: int) -> Section:
+    """The coding by the numbers of sets."""
+    refuse(n > enumerated.LONGEST, f"enumerated positions of {n} entries: at most {enumerated.LONGEST}")
+    count, blocks = uv(len(positions)), enumerated.divide(positions, n)
+    return Section(len(count) + blocks.size, ENUMERATED, lambda: count + blocks.write())
+
+
+def worth_enumerating(size: int, best: int) -> bool:
+    """Whether `size` bytes save half a percent of the best of those that take no time in comparison."""
+    return 200 * size <= 199 * best
 
 
 def log2_choose(n: int, k: int) -> float:
@@ -151,6 +168,8 @@ def read(id: int, reader: Reader, extent: Extent) -> Found:
         return Found(read_gaps(reader, k, n))
     if id == SQUEEZED:
         return Found(read_squeezed(reader, k, n))
+    if id == ENUMERATED:
+        return Found(enumerated.read_blocks(reader, k, n))
     if id == DRAWN:
         return Found(draw(n, k, int.from_bytes(reader.take(8, "index seed"), "little")))
     raise WireError(f"index id {id} unknown", code="E344")

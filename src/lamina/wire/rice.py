@@ -242,14 +242,19 @@ def read_counts(reader: Reader, lengths: Indices, most: int) -> Indices:
     """How many of each row travel, at most its length and together at most `most`."""
     if len(lengths) < 2:
         raise WireError("counts by row of a tensor without rows", code="E345")
-    low = reader.take(1, "counts")[0]
-    if low > MOST_LOW:
-        raise WireError(f"counts of {low} low bits, expected at most {MOST_LOW}", code="E345")
-    high = read_unary(reader, len(lengths), most >> low, "counts")
-    counts = high << low | unpack(reader, len(lengths), low, "counts")
+    counts = read_numbers(reader, len(lengths), most, "counts")
     if bool(np.any(counts > lengths)) or int(counts.sum()) > most:
         raise WireError(f"counts of a row or of all above {most} or their lengths", code="E345")
     return counts
+
+
+def read_numbers(reader: Reader, count: int, most: int, what: str) -> Indices:
+    """`count` numbers of `write_counts`, which together are at most `most`: looks no further than they could reach."""
+    low = reader.take(1, what)[0]
+    if low > MOST_LOW:
+        raise WireError(f"{what} of {low} low bits, expected at most {MOST_LOW}", code="E345")
+    high = read_unary(reader, count, most >> low, what)
+    return high << low | unpack(reader, count, low, what)
 
 
 # Unary numbers and numbers of a fixed number of bits.

@@ -116,7 +116,7 @@ class RandomK(Selecting):
             return everything(support)
         refuse(n > index.LONGEST, f"RandomK over {n} entries: at most {index.LONGEST}")
         seed = address(context.seed, context.purpose, context.round, context.client)
-        section = index.Section(index.DRAWN, uv(k) + seed.to_bytes(8, "little"))
+        section = index.Section.of(index.DRAWN, uv(k) + seed.to_bytes(8, "little"))
         return some(support, support.partition(index.draw(n, k, seed)), section)
 
 

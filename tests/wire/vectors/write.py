@@ -106,6 +106,14 @@ CONTEXTS = {
 KEY, OTHER = bytes(range(32)), bytes(range(1, 33))
 SHORTEST, LONGEST = bytes(16), bytes(range(64))
 CONTEXTS |= {
+    "two blocks": Context({"x": Spec((1030,), torch.bool)}),
+    "three blocks": Context(
+        {"m": Spec((4, 300), torch.bool), "v": Spec((1000,), torch.bool)},
+        {"m": (torch.arange(1200) % 3 > 0).reshape(4, 300)},
+    ),
+    "65 blocks": Context({"x": Spec((65537,), torch.bool)}),
+}
+CONTEXTS |= {
     "keyed": replace(CONTEXTS["floats"], key=KEY),
     "keyed otherwise": replace(CONTEXTS["floats"], key=OTHER),
     "keyed rows": replace(CONTEXTS["rows"], key=KEY),
@@ -652,6 +660,76 @@ def around() -> None:
         add(name, code, raw)
 
 
+def sets() -> None:
+    """Index id 10. Blocks of 1024 and 6 entries, of 1024, 1024 and 152, and of 18."""
+    floats, blocks, pair = CONTEXTS["floats"], CONTEXTS["three blocks"], CONTEXTS["two blocks"]
+    plain = Context(floats.schema, None, floats.reference)
+
+    def add(name: str, *args: Any) -> None:
+        good(name, "floats", force(*args).blob)
+
+    add("index 10 under a mask", EXACT, floats, 10, "fp32", range(0, 12, 2))
+    add("index 10, no entry", EXACT, plain, 10, "fp32")
+    add("index 10, every entry", EXACT, plain, 10, "fp32", range(18))
+    add("index 10, all but one", EXACT, plain, 10, "fp32", [*range(9), *range(10, 18)])
+    spread = [i for i in range(2200) if (i * 0x9E3779B1 >> 7) % 5 < 2]
+    cases = {
+        "anywhere": spread,
+        "in the first block alone": range(0, 1024, 3),
+        "in the last block alone": range(2050, 2200, 3),
+        "one": [1500],
+        "none": [],
+        "all but one": [*range(1024), *range(1025, 2200)],
+        "every one": range(2200),
+    }
+    whole = {name: torch.ones(spec.shape, dtype=torch.bool) for name, spec in blocks.schema.items()}
+    for name, positions in cases.items():
+        message = force(whole, Context(blocks.schema), 10, "none", positions)
+        good(f"enumerated in three blocks, {name}", "three blocks", message.blob)
+    kept = [i for i in spread if i < 1800]  # of the 1800 that the mask keeps
+    good("enumerated in three blocks, under a mask", "three blocks", force(whole, blocks, 10, "none", kept).blob)
+    part, kept = {"m": whole["m"]}, [i for i in spread if i < 800]
+    good("enumerated, a subset under a mask", "three blocks", force(part, blocks, 10, "none", kept).blob)
+    good("enumerated in two blocks", "two blocks", sealed(10, 7, 0, pair.schema, bytes.fromhex("02 00 01 03 0c")))
+
+    of("index 10: more positions than entries", "E345", "hundred", (10, 7), b"\x65" + bytes(20))
+    of("index 10: 2^62 positions", "E345", "hundred", (10, 7), uv(1 << 62) + bytes(20))
+    of("index 10: no number of positions", "E340", "hundred", (10, 7), b"")
+    of("index 10: a number longer than it needs to be", "E345", "hundred", (10, 7), b"\x80\0" + bytes(20))
+    of("index 10: over more than 2^31 entries", "E345", "beyond", (10, 7), b"\0" + bytes(20))
+    of("index 10: over 65537 entries", "E345", "65 blocks", (10, 7), b"\0" + bytes(20))
+    for k in (1, 1 << 30):
+        of(f"enumerated: {k} of 2^31 positions in four bytes", "E345", "huge", (10, 0), uv(k) + bytes(4))
+    half = math.comb(100, 50)
+    for name, code, context, body in (
+        ("no rank", "E340", "hundred", "01"),
+        ("the first rank there is not", "E345", "hundred", "01 64"),
+        ("a rank of 7 bits and one more", "E345", "hundred", "01 80"),
+        ("a byte behind the rank", "E340", "hundred", "01 05 00"),
+        ("a rank of all entries", "E340", "hundred", "64 00"),
+        ("a rank of none", "E340", "hundred", "00 00"),
+        ("as many as there are sets of half", "E345", "hundred", "32" + half.to_bytes(13, "little").hex()),
+        ("a rank of half cut off", "E340", "hundred", "32" + (half - 1).to_bytes(13, "little").hex()[:-2]),
+        ("no counts", "E340", "two blocks", "02"),
+        ("20 low bits in a count", "E345", "two blocks", "02 14 01 03 0c"),
+        ("a count that does not end", "E345", "two blocks", "02 00 00"),
+        ("a count too many", "E345", "two blocks", "02 00 03 03 0c"),
+        ("the low bits of a count missing", "E340", "two blocks", "02 01 01"),
+        ("the low bits of a count too many", "E345", "two blocks", "02 01 01 02 03 0c"),
+        ("a count below 0", "E345", "two blocks", "02 00 08 03 0c"),
+        ("a count above k", "E345", "two blocks", "02 00 10 03 0c"),
+        ("a count above its block", "E345", "two blocks", "86 08 00 04"),
+        ("a count left for the last block above it", "E345", "two blocks", "08 00 00 08 00 00"),
+        ("no ranks", "E340", "two blocks", "02 00 01"),
+        ("the last rank cut off", "E340", "two blocks", "02 00 01 03"),
+        ("a byte behind the ranks", "E340", "two blocks", "02 00 01 03 0c 00"),
+        ("a bit behind the ranks", "E345", "two blocks", "02 00 01 03 2c"),
+        ("a rank beyond the last block", "E345", "two blocks", "02 00 01 03 18"),
+        ("a rank beyond the first block", "E345", "two blocks", "02 00 04 00 fe 07"),
+    ):
+        of(f"enumerated: {name}", code, context, (10, 7), body)
+
+
 # Files.
 
 
@@ -700,7 +778,7 @@ OPEN, CLOSE = "<!-- hostile vectors -->", "<!-- end of hostile vectors -->"
 if __name__ == "__main__":
     torch.manual_seed(0)
     np.seterr(all="ignore")
-    for write in (pairs, special, beside, envelope, heads, indices, compression, values, forged, around):
+    for write in (pairs, special, beside, envelope, heads, indices, compression, values, forged, around, sets):
         write()
     save("contexts.json", [{"name": name, **known(context)} for name, context in CONTEXTS.items()])
     save("valid.json", valid)
