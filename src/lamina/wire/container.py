@@ -181,10 +181,21 @@ def unpack_bits(view: memoryview, count: int, what: str) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
 
 
-def compress(raw: NDArray[np.uint8]) -> bytes:
-    """One zstd frame, level 1, with its content size."""
-    packed: bytes = zstandard.ZstdCompressor(level=1, write_content_size=True).compress(raw.data)
+def compress(raw: NDArray[np.uint8], thorough: bool = False) -> bytes:
+    """One zstd frame with its content size: of level 1, or with the strategy btultra, which codes bytes that hardly
+    differ in frequency where level 1 gives up. It is given next to no memory to look for repetitions in."""
+    if thorough:
+        made = zstandard.ZstdCompressor(compression_params=_BTULTRA)
+    else:
+        made = zstandard.ZstdCompressor(level=1, write_content_size=True)
+    packed: bytes = made.compress(raw.data)
     return packed
+
+
+_BTULTRA = zstandard.ZstdCompressionParameters(
+    strategy=zstandard.STRATEGY_BTULTRA, window_log=17, chain_log=6, hash_log=6, search_log=1, min_match=7,
+    target_length=1, write_content_size=True,
+)  # fmt: skip
 
 
 def decompress(frame: memoryview, least: int, most: int, what: str) -> NDArray[np.uint8]:

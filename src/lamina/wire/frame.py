@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from lamina.errors import ConfigError, WireError, expect
-from lamina.wire.container import Reader, as_view, checksum, uv, uv_size
+from lamina.wire.container import Buffer, Reader, as_view, checksum, uv, uv_size
 
 MAGIC = b"LMF"
 VERSION = 1
@@ -60,7 +60,7 @@ def pack(frame: Frame) -> bytes:
     return b"".join([front, checksum(front, [head]).to_bytes(8, "little"), head, *frame.sections.values()])
 
 
-def unpack(blob: bytes, *, max_bytes: int | None = None) -> Frame:
+def unpack(blob: Buffer, *, max_bytes: int | None = None) -> Frame:
     """The frame in `blob`, of at most `max_bytes` bytes. Raises WireError and nothing else."""
     reader = Reader(as_view(blob, max_bytes))
     front = reader.take(FRONT.size, "frame")

@@ -105,7 +105,12 @@ def choose(positions: Indices, extent: Extent) -> Section:
     if n <= enumerated.LONGEST:
         slowest = enumerate_sets(positions, n)
         others += [slowest] * worth_enumerating(slowest.size, best.size)
-    return min([best, *others], key=by_size)
+    smallest = min([best, *others], key=by_size)
+    even = n < DENSEST * k < (DENSEST - 1) * n  # a share that a bitmap is made for
+    if even and n > enumerated.LONGEST and 8 * smallest.size > 1.02 * log2_choose(n, k):
+        thorough = Section.of(SQUEEZED, write_squeezed(positions, n, thorough=True))
+        smallest = min([smallest, thorough], key=by_size)
+    return smallest
 
 
 def by_size(section: Section) -> tuple[int, int]:
@@ -203,8 +208,8 @@ def read_bitmap(view: memoryview, k: int, n: int) -> Indices:
     return np.flatnonzero(bits)
 
 
-def write_squeezed(positions: Indices, n: int) -> bytes:
-    frame = compress(np.frombuffer(bitmap(positions, n), np.uint8))
+def write_squeezed(positions: Indices, n: int, thorough: bool = False) -> bytes:
+    frame = compress(np.frombuffer(bitmap(positions, n), np.uint8), thorough)
     return uv(len(positions)) + uv(len(frame)) + frame
 
 
