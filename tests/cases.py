@@ -264,10 +264,13 @@ def data(dtype: torch.dtype = torch.float32) -> ClientData:
 ROUNDS = 5  # beyond a cycle of three, and not at the end of one
 
 
-def federation(method: Method[Any, Any] | None = None, model: str = "odd", **options: Any) -> Federation:
+def federation(
+    method: Method[Any, Any] | None = None, model: str = "odd", examples: ClientData | None = None, **options: Any
+) -> Federation:
     """Three of the five clients a round, in one process. Further arguments are those of Federation."""
     settings: dict[str, Any] = {"cohort": 3, "seed": 7, "engine": "loop", "local": LocalSGD(lr=0.1, batch_size=8)}
-    examples = data(torch.float64) if model == "double" else data()
+    if examples is None:
+        examples = data(torch.float64) if model == "double" else data()
     return Federation(MODELS[model], examples, method=method, **settings | options)
 
 

@@ -29,8 +29,9 @@ from lamina import (
     Work,
     evaluate,
 )
+from lamina.data.transform import Identity
 from lamina.engine import processes
-from lamina.engine.arena import Arena, Full, layout
+from lamina.engine.arena import Arena, Full, anonymous_memory, layout, shared_memory
 
 forked = pytest.mark.skipif(not processes.available(), reason="no fork here")
 
@@ -84,11 +85,10 @@ def test_what_was_asked_for_is_what_is_used(machine) -> None:
         assert engines.choose(name, 10, None)[::2] == (name, "asked for")
 
 
-def test_processes_without_fork_are_refused(machine) -> None:
+def test_without_fork_processes_are_for_those_who_ask(machine) -> None:
+    """They are spawned then, which a script must be fit for: see test_spawn.py."""
     machine(forks=False)
-    with pytest.raises(ConfigError) as caught:
-        engines.choose("processes", 10, None)
-    assert caught.value.code == "E118"
+    assert engines.choose("processes", 10, 3) == ("processes", 3, "asked for")
 
 
 @pytest.mark.parametrize("workers", [0, -1, 1.5, "2", True])
@@ -109,13 +109,14 @@ def test_the_choice_stands_in_the_federation() -> None:
 # ---- shared memory
 
 
-def test_an_arena_gives_back_what_was_written() -> None:
+@pytest.mark.parametrize("memory", [anonymous_memory, shared_memory])
+def test_an_arena_gives_back_what_was_written(memory: Callable[[int], Tensor]) -> None:
     trees = {
         "a": {"x": torch.arange(5.0), "y": torch.tensor(True), "none": torch.empty(0, 3)},
         "b": {"z": torch.tensor([[1, 2], [3, 4]], dtype=torch.int16).t(), "h": torch.ones(3, dtype=torch.bfloat16)},
         "empty": {},
     }
-    arena = Arena(4096)
+    arena = Arena(memory(4096))
     entries, end = arena.write(trees, 128, 4096)
     assert cases.bits(arena.read(entries)) == cases.bits({t: x for t, x in trees.items() if x})
     assert layout(trees, 128) == (entries, end)
@@ -123,7 +124,7 @@ def test_an_arena_gives_back_what_was_written() -> None:
 
 
 def test_an_arena_that_is_too_small_says_what_would_do_and_writes_nothing() -> None:
-    arena = Arena(1024)
+    arena = Arena(anonymous_memory(1024))
     with pytest.raises(Full) as caught:
         arena.write({"a": {"x": torch.ones(100), "y": torch.ones(100)}}, 64, 512)
     assert caught.value.needed == 896
@@ -209,6 +210,33 @@ def test_a_worker_that_ends_on_its_own_is_named() -> None:
     assert caught.value.code == "E303"
 
 
+class Kills(Identity):
+    """In a worker, where it sees a value that one client alone has."""
+
+    def __call__(self, x: Any, generator: torch.Generator | None) -> Any:
+        if os.getpid() != PARENT and float(x.max()) >= 1000:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
+@forked
+def test_a_worker_that_is_killed_with_a_stack_is_named_with_its_clients() -> None:
+    """Four clients with 4, 3, 2 and 1 steps, two in a stack; the value is cyd's. No round comes out, not even a short
+    one."""
+    x, y = cases.data().x, cases.data().y
+    ends = {"ann": (0, 32), "bob": (32, 56), "cyd": (56, 72), "dan": (72, 80)}
+    clients = {name: (x[a:b] + 1000 * (name == "cyd"), y[a:b]) for name, (a, b) in ends.items()}
+    data = ClientData.from_clients(clients, test=(x[:8], y[:8]), transform=Kills())
+    fed = Federation(cases.small, data, local=LocalSGD(batch_size=8), engine="stacked", workers=2)
+    fed._stack.width = 2
+    fed.workers = 2
+    done = []
+    with pytest.raises(RunError, match=r"signal 9 while one of the clients 'cyd', 'dan' was training") as caught:
+        done.extend(fed.run(2))
+    assert caught.value.code == "E303"
+    assert not done
+
+
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The engines that are made."""
@@ -228,7 +256,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_worker_that_is_killed_between_rounds_is_noticed(which: int, made: list[Any]) -> None:
     run = cases.federation(engine="processes", workers=2).run(3)
     next(run)
-    os.kill(made[0]._pool._pids[which], signal.SIGKILL)
+    os.kill(made[0]._pool._children[which].pid, signal.SIGKILL)
     with pytest.raises(RunError, match="signal 9") as caught:
         next(run)
     assert caught.value.code == "E303"

@@ -21,7 +21,7 @@ NAMES = [
 
 ARGUMENTS: dict[Any, str] = {
     lamina.Federation: "model data method uplink downlink local cohort weights buffers loss metrics aggregate seed "
-    "engine workers diagnostics accuracy_before through_bytes store",
+    "engine workers diagnostics accuracy_before through_bytes store faults",
     lamina.Federation.run: "self rounds state evaluate_every",
     lamina.Federation.fit: "self rounds out options",
     lamina.Federation.evaluate: "self state engine",

@@ -389,7 +389,7 @@ def test_a_run_goes_on_with_an_engine_of_the_same_bits(
     assert (info["engine"], info["cores"]) == ("loop", engine.cores())
     (tmp_path / "run" / "run.json").write_text(json.dumps(info | {"engine": "processes"}))
     config = tmp_path / "run" / "config.toml"
-    config.write_text(config.read_text().replace('engine = "loop"', 'engine = "processes"'))
+    config.write_text(config.read_text().replace('engine = "loop"', 'engine = "auto"'))
     monkeypatch.setattr(engine.processes, "available", lambda: False)
     run = resume(tmp_path / "run", progress=False)
     assert (run.info["engine"], run.info["engine_reason"]) == ("loop", "same bits")

@@ -23,7 +23,7 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("preflight", "evaluate", "books", "advice", "observe"),
     ("engine",),
     ("federation",),
-    ("checkpoint", "config", "machine"),
+    ("checkpoint", "config", "machine", "remote"),
     ("folder",),
     ("terminal",),
     ("runs",),

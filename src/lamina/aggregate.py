@@ -25,7 +25,8 @@ class Mean:
             nothing is divided, so one client's mean is its message, bit for bit.
 
     Integer tensors, and bool ones among the buffers, take the maximum; other bool tensors (votes) are averaged as 0
-    and 1: the share of the weight that says yes. No stack of messages is kept: memory is one message.
+    and 1: the share of the weight that says yes. No stack of messages is kept: memory is one message. The sums are made
+    on the device where the messages are; the result is on the CPU.
     """
 
     def __init__(self, full: float):
@@ -50,7 +51,7 @@ class Mean:
 
     def result(self) -> Message:
         return {
-            tree: {name: self._normal(x, self._weights[tree][name]) for name, x in sums.items()}
+            tree: {name: self._normal(x.cpu(), self._weights[tree][name]) for name, x in sums.items()}
             for tree, sums in self._sums.items()
         }
 

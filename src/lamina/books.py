@@ -51,22 +51,15 @@ class Books:
             total += size.total
         return total
 
-    def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, round: int) -> None:
-        refused = None if reply.refused is None else "E310"
-        if reply.steps:
+    def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, phase: str) -> None:
+        refused = None if reply.refused is None else reply.code
+        if phase == "round":
             self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
-        if reply.refused is None:
-            self.accepted += bool(reply.steps)
-        else:
-            self.events.append(
-                {
-                    "code": "E310",
-                    "client": name,
-                    "layer": reply.refused,
-                    "message": "not finite: the message is not used, its client keeps the state from before",
-                    "remedy": "lower local.lr or set local.clip; look at this client's data",
-                }
-            )
+            self.accepted += refused is None
+        if reply.again is not None:
+            self.events.append(_event("E313", name, reply.again))
+        if reply.refused is not None:
+            self.events.append(_event(reply.code, name, reply.refused))
 
     def accuracy_before(self) -> float | None:
         known = [accuracy for accuracy in self.before if accuracy is not None]
@@ -119,6 +112,33 @@ class Books:
             )
         elapsed |= dict.fromkeys(mean["update"], 0.0)
         return Observed(reference, elapsed), rows
+
+
+_EVENTS = {  # code -> message, remedy
+    "E310": (
+        "not finite: the message is not used, its client keeps the state from before",
+        "lower local.lr or set local.clip; look at this client's data",
+    ),
+    "E311": (
+        "no answer: the client keeps the state from before, and will be sent the whole model",
+        "look at its node; set faults.reply_deadline_s and faults.min_replies for clients that come and go",
+    ),
+    "E312": (
+        "its bytes are not what this round's plan implies: the message is not used, its client keeps the state from "
+        "before",
+        "run the same lamina with the same settings at its node; bytes may also have changed on the way",
+    ),
+    "E313": (
+        "it does not have what it was sent before: it was sent the whole plan",
+        "keep its node's folder on a disk that lasts; a client that has lost its state begins as a newcomer",
+    ),
+}
+
+
+def _event(code: str, client: str, why: str) -> dict[str, str]:
+    message, remedy = _EVENTS[code]
+    about = {"layer": why} if code == "E310" else {"why": why}
+    return {"code": code, "client": client, **about, "message": message, "remedy": remedy}
 
 
 def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> dict[str, float | None]:

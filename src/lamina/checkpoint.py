@@ -182,17 +182,26 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _document(state: State) -> dict[str, Any]:
-    held: list[dict[str, int]] = []  # a cohort shares one table of tags: each is written once
-    places: dict[int, int] = {}
-    entries = {c: state.clients.entry(c) for c in state.clients}
+    held: list[dict[str, int]] = []  # a cohort shares one table of tags, and one entry where it remembers nothing
+    tables: dict[int, int] = {}
+    kinds: list[list[Any]] = []
+    known: dict[int, int] = {}
+    who: list[int] = []
+    kind: list[int] = []
     shelf = state.clients.shelf
-    on_disk = shelf.document({c: entry.place for c, entry in entries.items()}) if isinstance(shelf, Disk) else None
-    clients = {}
-    for c, (place, known, accepted) in entries.items():
-        if id(known) not in places:
-            places[id(known)] = len(held)
-            held.append(known)
-        clients[str(c)] = [None if on_disk is not None else skeleton(place), places[id(known)], accepted]
+    on_disk = None
+    if isinstance(shelf, Disk):
+        on_disk = shelf.document({c: entry.place for c, entry in state.clients.entries()})
+    for c, entry in state.clients.entries():
+        if id(entry) not in known:
+            if id(entry.held) not in tables:
+                tables[id(entry.held)] = len(held)
+                held.append(entry.held)
+            known[id(entry)] = len(kinds)
+            shape = None if on_disk is not None else skeleton(entry.place)
+            kinds.append([shape, tables[id(entry.held)], entry.accepted])
+        who.append(c)
+        kind.append(known[id(entry)])
     return {
         "version": _VERSION,
         "round": state.round,
@@ -204,15 +213,16 @@ def _document(state: State) -> dict[str, Any]:
         "change": state.change and state.change._replace(step={})._asdict(),
         "past": [version.tags for version in state.past],
         "held": held,
-        "clients": clients,
+        "clients": {"who": who, "kind": kind, "kinds": kinds},
         "rows": on_disk,
     }
 
 
 def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> ClientStore:
     shelf: Shelf = MEMORY
+    listed = _listed(document["clients"])
     if document.get("rows") is None:
-        places: dict[int, Any] = _rows(document, _load(path / _CLIENTS), fed)
+        places: dict[int, Any] = _rows(listed, _load(path / _CLIENTS), fed)
     elif isinstance(fed.store.shelf, Disk):
         shelf, places = fed.store.shelf, fed.store.shelf.places(document["rows"])
     else:
@@ -222,18 +232,40 @@ def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> Client
             where=str(path),
             remedy="Federation(..., store='disk:PATH') with the path that the run had",
         )
-    clients = {int(c): (held, accepted) for c, (_, held, accepted) in document["clients"].items()}
     tables = document["held"]
-    return ClientStore(shelf, {c: Entry(places[c], tables[held], accepted) for c, (held, accepted) in clients.items()})
+    alike: dict[tuple[int, int, int], Entry] = {}
+    entries = {}
+    for c, (_, held, accepted) in listed.items():
+        place = places[c]
+        entry = Entry(place, tables[held], accepted)
+        entries[c] = alike.setdefault((id(place), id(entry.held), accepted), entry)
+    return ClientStore(shelf, entries)
 
 
-def _rows(document: Mapping[str, Any], tensors: Mapping[str, Tensor], fed: Federation) -> dict[int, Row | None]:
+def _listed(clients: dict[str, Any]) -> dict[int, list[Any]]:
+    """Skeleton of the row, position of the table of tags, and last round accepted, by client."""
+    if "kinds" not in clients:  # of an earlier lamina
+        return {int(c): one for c, one in clients.items()}
+    kinds = clients["kinds"]
+    return {c: kinds[kind] for c, kind in zip(clients["who"], clients["kind"], strict=True)}
+
+
+def _rows(listed: Mapping[int, list[Any]], tensors: Mapping[str, Tensor], fed: Federation) -> dict[int, Row | None]:
     like = Row(fed.method.init_client(fed.initial.params), {})
-    leaves: dict[str, dict[str, Tensor]] = {}
+    leaves: dict[int, dict[str, Tensor]] = {}
     for key, x in tensors.items():
         client, _, name = key.partition("/")
-        leaves.setdefault(client, {})[name] = x
-    return {int(c): unflatten(like, shape, leaves.get(c, {})) for c, (shape, *_) in document["clients"].items()}
+        leaves.setdefault(int(client), {})[name] = x
+    bare: dict[int, Row | None] = {}  # rows without tensors, by the id of their kind
+    rows: dict[int, Row | None] = {}
+    for c, kind in listed.items():
+        if c not in leaves and id(kind) in bare:
+            rows[c] = bare[id(kind)]
+            continue
+        rows[c] = unflatten(like, kind[0], leaves.get(c, {}))
+        if c not in leaves:
+            bare[id(kind)] = rows[c]
+    return rows
 
 
 def _like(model: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,6 +25,7 @@ from lamina.errors import ConfigError, LaminaError, StorageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lamina.engine.mkl import Gain
     from lamina.runs import Run, Watcher
     from lamina.terminal import Column
 
@@ -605,7 +606,12 @@ def data_show(
 
 @app.command()
 @_guarded
-def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False) -> None:
+def doctor(
+    run_dir: RunDir = None,
+    mkl: Annotated[bool, typer.Option("--mkl", help="Try what LAMINA_MKL=amd brings: two processes, seconds.")] = False,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
     """What this machine has, and what lamina would make of it."""
     import platform
     import shutil
@@ -613,6 +619,7 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
     import torch
 
     from lamina import data, engine, machine, runs, terminal
+    from lamina.engine.mkl import gain, label
 
     def free(folder: Path) -> str:
         return f"{folder} · {terminal.size(shutil.disk_usage(there(folder)).free)} free"
@@ -629,7 +636,8 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
     sets = [f"{name} {'yes' if data.cached(name) else 'no'}" for name, info in data.DATASETS.items() if info.download]
     facts = {
         "lamina": f"{machine.installed('lamina')} · python {platform.python_version()} · {platform.platform()}",
-        "torch": f"{torch.__version__} · {torch.get_num_threads()} threads",
+        "torch": f"{label()} · {torch.get_num_threads()} threads",
+        **({"mkl": _gained(gain())} if mkl else {}),
         "cpu": f"{machine.cpu_name()} · {engine.cores()} cores",
         "engine": f"auto, for a model of 1 MiB and 10 clients a round: {name}"
         + (f" x{workers}" if name == "processes" else "")
@@ -648,6 +656,15 @@ def doctor(run_dir: RunDir = None, json: Json = False, no_color: NoColor = False
         return
     out = terminal.console(no_color=no_color)
     _say(out, terminal.fields(list(facts.items()), terminal.width_of(out)))
+
+
+def _gained(gain: Gain | str) -> str:
+    if isinstance(gain, str):
+        return gain
+    return (
+        f"products of matrices at {gain.before:.0f} GFLOP/s a core, {gain.after:.0f} with LAMINA_MKL=amd in the "
+        f"environment (error {gain.error:.0e}; no documented switch, so a run records it)"
+    )
 
 
 def _say(out: Console, lines: Sequence[str]) -> None:

@@ -50,6 +50,9 @@ class Reply(NamedTuple):
     loss: float  # mean training loss over the local steps
     steps: int
     refused: str | None  # why the message must not be used: the first tensor with a non-finite value, or "loss"
+    code: str = "E310"  # of that reason; others come from clients that are elsewhere
+    again: str | None = None  # why it was sent the whole plan after the one for what it was thought to hold
+    members: tuple[int, ...] = ()  # whose weighted mean its message is, itself first; none of the others has one
 
 
 class Start(NamedTuple):
@@ -93,22 +96,26 @@ def begin(setup: Setup, plan: Plan, row: Row | None) -> Start:
 
 def finish(setup: Setup, plan: Plan, client: int, row: Row, work: Work, loss: float) -> Reply:
     """The client's side after its last step: what it sends, what of it arrives, what it remembers."""
-    method = setup.method
-    message: Message = {"update": sub(select(work.params, plan.upload), plan.params)}
-    if setup.buffers == "average" and work.buffers:
-        message["buffers"] = work.buffers
-    own = set(message)
-    message, state = method.report(row.method, plan, work, message)
-    taken = set(message) & RESERVED - own
-    expect(not taken, f"{method!r} writes the tree {sorted(taken)}: reserved for the engine", code="E116")
+    message, state = compose(setup, plan, row, work)
     message["steps"] = {"steps": work.steps.double()}
-
     received, sizes = transmit_message(message, setup, plan, client, loss)
-    state = method.settle(state, message, received)
+    state = setup.method.settle(state, message, received)
     kept = work.buffers if setup.buffers == "keep" else {}
     row = Row(state, kept)
     refused = non_finite(received, row) or (None if math.isfinite(loss) else "loss")
     return Reply(client, received, row, sizes, loss, int(work.steps), refused)
+
+
+def compose(setup: Setup, plan: Plan, row: Row, work: Work) -> tuple[Message, Any]:
+    """The trees that a client has to say, before they are coded, and its method's state."""
+    message: Message = {"update": sub(select(work.params, plan.upload), plan.params)}
+    if setup.buffers == "average" and work.buffers:
+        message["buffers"] = work.buffers
+    own = set(message)
+    message, state = setup.method.report(row.method, plan, work, message)
+    taken = set(message) & RESERVED - own
+    expect(not taken, f"{setup.method!r} writes the tree {sorted(taken)}: reserved for the engine", code="E116")
+    return message, state
 
 
 def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Reply:
@@ -121,7 +128,7 @@ def client_probe(trainer: Trainer, setup: Setup, plan: Plan, client: int) -> Rep
     trainer.model.eval()
     x, y = trainer.batch(indices, None)
     raw, loss = trainer.gradient(x, y)
-    grads = {name: g.contiguous() for name, g in zip(trainer.params, raw, strict=True)}
+    grads = {name: g.cpu().contiguous() for name, g in zip(trainer.params, raw, strict=True)}
     message = setup.method.probe(plan.params, grads)
     post = _Post(plan, client, setup.carry)
     for tree, content in message.items():
@@ -175,9 +182,7 @@ def transmit_message(
     post = _Post(plan, client, setup.carry)
     for tree, content in message.items():
         if tree == "update":
-            schema = wire.schema_of(plan.params)
-            context = wire.Context(schema, plan.mask, None, setup.seed, "uplink", plan.round, client)
-            update = post.send(tree, setup.uplink, content, context)
+            update = post.send(tree, setup.uplink, content, uplink_context(setup, plan, client))
         elif tree != "steps":
             post.send(tree, DENSE, content, wire.Context(wire.schema_of(content)))
     if setup.moments:
@@ -185,6 +190,12 @@ def transmit_message(
         post.send("moments", DENSE, moments, wire.Context(wire.schema_of(moments)))
     received, scalars = post.delivered({"steps": float(message["steps"]["steps"]), "loss": loss})
     return received | {"steps": {"steps": torch.tensor(scalars["steps"], dtype=torch.float64)}}, post.sizes
+
+
+def uplink_context(setup: Setup, plan: Plan, client: int) -> wire.Context:
+    """What both ends know of an update's coding."""
+    schema = wire.schema_of(plan.params)
+    return wire.Context(schema, plan.mask, None, setup.seed, "uplink", plan.round, client)
 
 
 def _through_bytes(row: Row) -> Row:

@@ -80,6 +80,14 @@ class RunOptions(BaseModel):
     log_every: Whole | None = None  # rounds between two printed lines
 
 
+class FaultOptions(BaseModel):
+    """What a round puts up with, see `lamina.cohort.Faults`; nothing here changes the result of one that is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    reply_deadline_s: Annotated[float, Field(gt=0)] | None = None
+    min_replies: Whole = 1
+
+
 class Config(BaseModel):
     """A whole experiment, every key resolved. Made by `load`."""
 
@@ -91,7 +99,7 @@ class Config(BaseModel):
     weights: Literal["examples", "uniform"] = "examples"
     buffers: Literal["average", "keep", "skip"] = "average"
     loss: str = "cross_entropy"
-    engine: Literal["auto", "loop", "processes", "threads", "stacked"] = "auto"
+    engine: Literal["auto", "loop", "processes", "threads", "stacked", "cuda"] = "auto"
     workers: Whole | None = None
     evaluate_every: Whole = 1
     diagnostics: bool = True
@@ -106,6 +114,7 @@ class Config(BaseModel):
     local: Part
     metrics: dict[str, str] = {}
     run: RunOptions = RunOptions()
+    faults: FaultOptions = FaultOptions()
     _origins: dict[Key, str] = PrivateAttr(default_factory=dict)
 
     def origin(self, path: str) -> str:
@@ -123,13 +132,14 @@ class Config(BaseModel):
     @property
     def sha256(self) -> str:
         """Of all keys that can change the result."""
-        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "store"})
+        tree = self.model_dump(mode="json", exclude={"run", "faults", "name", "engine", "workers", "store"})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
     def fixed(self) -> dict[str, Any]:
         """Key -> value of all that must stay as it was in a run that has begun; an entry without its folder."""
-        tree = self.model_dump(mode="json", exclude={"run", "name", "engine", "workers", "store", "rounds"})
+        other = {"run", "faults", "name", "engine", "workers", "store", "rounds"}
+        tree = self.model_dump(mode="json", exclude=other)
         return {key: short(value) if is_entry(value) else value for key, value in _leaves(tree)}
 
     @property
@@ -141,6 +151,9 @@ class Config(BaseModel):
     @property
     def method_title(self) -> str:
         return "+".join(part.title for part in self.method)
+
+
+_TABLES: dict[str, type[BaseModel]] = {"run": RunOptions, "faults": FaultOptions}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -255,14 +268,15 @@ def _resolve(values: Values) -> Config:
     _refuse_unknown(given, origins)
     tree: dict[str, Any] = {}
     for name in Config.model_fields:
-        if name in PARTS or name in ("local", "run", "metrics"):
+        if name in PARTS or name in ("local", "run", "faults", "metrics"):
             continue
         if (name,) in given:
             tree[name] = _checked(_annotation(Config, name), given[name,], name, origins[name,])
-    tree["run"] = {
-        key: _checked(_annotation(RunOptions, key), value, f"run.{key}", origins["run", key])
-        for key, value in _below(given, ("run",)).items()
-    }
+    for section, options in _TABLES.items():
+        tree[section] = {
+            key: _checked(_annotation(options, key), value, f"{section}.{key}", origins[section, key])
+            for key, value in _below(given, (section,)).items()
+        }
     tree["metrics"] = {
         key: _checked(str, value, f"metrics.{key}", origins["metrics", key])
         for key, value in _below(given, ("metrics",)).items()
@@ -450,7 +464,7 @@ def _expected(annotation: Any) -> str:
 
 
 def _refuse_unknown(given: Mapping[Key, Any], origins: Mapping[Key, str]) -> None:
-    fixed = {"local": list(takes(LocalSGD)), "run": list(RunOptions.model_fields)}
+    fixed = {"local": list(takes(LocalSGD)), **{name: list(table.model_fields) for name, table in _TABLES.items()}}
     for path, value in given.items():
         section = path[0]
         if section == "preset":
@@ -500,8 +514,9 @@ def _unknown(path: Key, origin: str, given: Mapping[Key, Any], more: str) -> Con
 
 def _all_keys(given: Mapping[Key, Any]) -> list[str]:
     """Every key that could be said here."""
-    keys = [name for name in Config.model_fields if name not in ("local", "run")] + ["preset"]
-    keys += [f"local.{name}" for name in takes(LocalSGD)] + [f"run.{name}" for name in RunOptions.model_fields]
+    keys = [name for name in Config.model_fields if name not in ("local", *_TABLES)] + ["preset"]
+    keys += [f"local.{name}" for name in takes(LocalSGD)]
+    keys += [f"{section}.{name}" for section, table in _TABLES.items() for name in table.model_fields]
     chain = {path[:2] for path in given if path[0] == "method" and len(path) > 2}
     paths: list[Key] = [(section,) for section in PARTS if section != "method" or not chain]
     for path in (*paths, *sorted(chain)):
@@ -565,6 +580,7 @@ def build(config: Config, progress: Callable[[str, str, int, int], None] | None 
             accuracy_before=config.accuracy_before,
             through_bytes=config.through_bytes,
             store=config.store,
+            faults=config.faults.model_dump(),
         )
     except ConfigError as error:
         section = (error.where or "").split(".")[0]
@@ -743,7 +759,7 @@ def to_toml(config: Config) -> str:
     for key, value in tree.items():
         if not isinstance(value, dict) and key != "method":
             put((key,), value)
-    for section in (*PARTS, "local", "metrics", "run"):
+    for section in (*PARTS, "local", "metrics", *_TABLES):
         tables = tree[section] if section == "method" else [tree[section]]
         chained = section == "method" and config.method_paths != [("method",)]
         for i, table in enumerate(tables):

@@ -28,9 +28,10 @@ from lamina.store import Held
 from lamina.tree import Message, Params, cut
 from lamina.wire import frame, values
 
+_AT_ONCE = 4  # encoded plans that are kept, for the next client that lacks as much
 HISTORY = 2  # versions of the parameters that the server keeps, if their codec makes use of them
-_RAW = wire.Dense()
-_CHANGE = "change"  # the tree, and what a client lacks, when the last step is all it needs of the parameters
+RAW = wire.Dense()  # codes all that is neither parameters nor a step
+CHANGE = "change"  # the tree, and what a client lacks, when the last step is all it needs of the parameters
 
 
 class Change(NamedTuple):
@@ -84,7 +85,7 @@ class Broadcast:
         change: Change | None = None,
         past: tuple[Version, ...] = (),
     ):
-        self._codec = codec if codes_values(codec) else _RAW
+        self._codec = codec if codes_values(codec) else RAW
         self._refers = values.refers(self._codec.values, [spec.dtype for spec in schema.values()])
         self._past = past if self._refers else ()
         self._step_codec = codec
@@ -92,6 +93,8 @@ class Broadcast:
         self._schema = schema
         self._carry = carry
         self._server = plan
+        self._known: dict[tuple[tuple[str, ...], int | None], dict[str, wire.Size]] = {}
+        self._blobs: dict[tuple[tuple[str, ...], int | None], dict[str, bytes]] = {}
         self._trees: Message = {"params": plan.params, "buffers": plan.buffers, **plan.shared, "mask": plan.mask or {}}
         self.tags: Held = {f"{t}/{n}": tag(x) for t, content in self._trees.items() for n, x in content.items()}
         if self._codec.lossless:  # no need to code a model in order to know it
@@ -102,7 +105,6 @@ class Broadcast:
         self.plan = replace(plan, params=params, seed=0)
         if carry is not None:
             self.plan = self._decoded()
-        self._known: dict[tuple[tuple[str, ...], int | None], dict[str, wire.Size]] = {}
 
     @property
     def past(self) -> tuple[Version, ...]:
@@ -119,13 +121,30 @@ class Broadcast:
             return lacking
         if any(held.get(key) != tag for key, tag in self._change.base.items()):
             return lacking
-        return (_CHANGE, *(key for key in lacking if not key.startswith("params/")))
+        return (CHANGE, *(key for key in lacking if not key.startswith("params/")))
 
     def sizes(self, held: Held, accepted: int, client: int = 0) -> dict[str, wire.Size]:
         """Exact bytes, tree by tree, of the plan for a client that holds these; "" is the frame."""
         lacking, base = self.lacking(held), self._base(held)
         if self._carry is not None:
             return self._delivered(lacking, base, accepted, client, self._carry)
+        return self._weighed(lacking, base)
+
+    def packed(self, held: Held, accepted: int, client: int) -> bytes:
+        """The plan's frame for a client that holds these: as many bytes as `sizes` says.
+
+        Raises:
+            RunError: E343 when they are not, because a codec's `transmit` does not count what its `encode` makes.
+        """
+        lacking, base = self.lacking(held), self._base(held)
+        blob = self._packed(lacking, base, accepted, client)
+        counted = sum(size.total for size in self._weighed(lacking, base).values())
+        if len(blob) != counted:
+            message = f"round {self._server.round}: a plan of {len(blob):,} bytes is counted as {counted:,}"
+            raise RunError(message, code="E343", where="downlink")
+        return blob
+
+    def _weighed(self, lacking: tuple[str, ...], base: int | None) -> dict[str, wire.Size]:
         if (lacking, base) not in self._known:
             self._known[lacking, base] = self._measure(lacking, base)
         return self._known[lacking, base]
@@ -163,7 +182,7 @@ class Broadcast:
 
     def _truth(self, tree: str) -> Params:
         """What every client is said to hold."""
-        if tree == _CHANGE and self._change is not None:
+        if tree == CHANGE and self._change is not None:
             return self._change.coded(self._step_codec, self._schema, self._server.mask)[0]
         return self.plan.params if tree == "params" else self._trees[tree]
 
@@ -194,8 +213,12 @@ class Broadcast:
 
     def _packed(self, lacking: tuple[str, ...], base: int | None, accepted: int, client: int) -> bytes:
         """The plan's frame for a client that lacks these, and holds that version."""
-        blobs = {t: self._coder(t).encode(x, self._context(t, base)) for t, x in self._parts(lacking).items()}
-        sections = blobs | {"upload": self._upload()}
+        if (lacking, base) not in self._blobs:
+            while len(self._blobs) >= _AT_ONCE:
+                del self._blobs[next(iter(self._blobs))]
+            parts = self._parts(lacking).items()
+            self._blobs[lacking, base] = {t: self._coder(t).encode(x, self._context(t, base)) for t, x in parts}
+        sections = self._blobs[lacking, base] | {"upload": self._upload()}
         return frame.pack(frame.Frame("plan", self._server.round, client, self._scalars(accepted), sections))
 
     def _parts(self, lacking: tuple[str, ...]) -> Message:
@@ -204,15 +227,15 @@ class Broadcast:
             tree: {name: x for name, x in content.items() if f"{tree}/{name}" in wanted}
             for tree, content in self._trees.items()
         }
-        if _CHANGE in wanted and self._change is not None:
-            parts[_CHANGE] = self._change.step
+        if CHANGE in wanted and self._change is not None:
+            parts[CHANGE] = self._change.step
         return {tree: content for tree, content in parts.items() if content}
 
     def _coder(self, tree: str) -> wire.Codec:
-        return {"params": self._codec, _CHANGE: self._step_codec}.get(tree, _RAW)
+        return {"params": self._codec, CHANGE: self._step_codec}.get(tree, RAW)
 
     def _context(self, tree: str, base: int | None = None) -> wire.Context:
-        if tree == _CHANGE and self._change is not None:
+        if tree == CHANGE and self._change is not None:
             return self._change.context(self._schema, self._server.mask)
         if tree != "params":
             return wire.Context(wire.schema_of(self._trees[tree]))

@@ -18,6 +18,9 @@ def is_entry(value: Any) -> bool:
     return isinstance(value, str) and ".py:" in value
 
 
+_PREFIX = "lamina_entry_"  # of the names of modules
+
+
 def anchored(entry: str, base: Path) -> str:
     """With its file as an absolute path, relative to `base`."""
     file, _, name = entry.rpartition(":")
@@ -47,6 +50,17 @@ def thing(entry: str, where: str) -> Any:
     return getattr(module, name)
 
 
+def loaded() -> list[str]:
+    """The files that things have been taken from."""
+    return [str(module.__file__) for name, module in [*sys.modules.items()] if name.startswith(_PREFIX)]
+
+
+def load(files: list[str]) -> None:
+    """The same in another process, before anything that is in them is asked for."""
+    for file in files:
+        _module(Path(file), Path(file).stat().st_mtime_ns, "engine")
+
+
 def sha256(entry: str) -> str | None:
     """Of the entry's file as it is now; None where there is none."""
     try:
@@ -58,7 +72,7 @@ def sha256(entry: str) -> str | None:
 @lru_cache(maxsize=32)
 def _module(path: Path, changed: int, where: str) -> types.ModuleType:
     """The file as a module; as when it is run, it can import what lies beside it."""
-    name = f"lamina_entry_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    name = f"{_PREFIX}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # it ends with .py
     assert spec.loader is not None

@@ -22,10 +22,11 @@ from lamina import wire
 from lamina.aggregate import Mean, total
 from lamina.books import Books, Observed
 from lamina.client import BUFFERS, Setup
-from lamina.cohort import draw
+from lamina.cohort import Faults, draw
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, Change, Version, codes_values
-from lamina.engine.base import Engine, Kind, score_of, threads
+from lamina.engine import mkl
+from lamina.engine.base import Engine, Kind, Missing, score_of, threads
 from lamina.errors import ConfigError, RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
@@ -33,7 +34,7 @@ from lamina.method import Chain, FedAvg, Method, Plan, Task
 from lamina.preflight import ready
 from lamina.random import address
 from lamina.record import RoundRecord
-from lamina.store import ClientStore, Row, Stored, empty_store, expect_kind
+from lamina.store import ClientStore, Held, Row, Stored, empty_store, expect_kind
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.tree import Message, Params, add, cut
 from lamina.wire import frame
@@ -101,12 +102,14 @@ class Federation:
         metrics: name -> function (outputs, targets) over the whole test set.
         aggregate: "mean".
         seed: every random number follows from it.
-        engine: "auto", "loop", "processes", "threads" or "stacked"; `workers`: processes, None for one per core.
+        engine: "auto", "loop", "processes", "threads", "stacked" or "cuda"; `workers`: processes, None for one per
+            core; on GPUs clients at once, None for 8 a device.
         diagnostics: per-layer divergence in the records; costs one float64 per tensor and client on the wire.
         accuracy_before: test every client's model before aggregation too, in rounds that are evaluated; costs an
             evaluation per client, on no wire.
         through_bytes: really encode and decode every plan, message and client state. Slower; changes nothing else.
         store: where the clients' states are between rounds: "memory", or "disk:PATH" (from the working directory).
+        faults: `{"reply_deadline_s": 60, "min_replies": 8}`, see `lamina.cohort.Faults`.
 
     Raises:
         ConfigError: a value out of range, parts that do not fit, or a model that fails on a batch of the data (E121).
@@ -135,7 +138,9 @@ class Federation:
         accuracy_before: bool = False,
         through_bytes: bool = False,
         store: str = "memory",
+        faults: Mapping[str, Any] | None = None,
     ):
+        mkl.switch()
         _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
         _expect_a("method", method, Method, "lamina.FedAvg()")
         _expect_a("local", local, LocalSGD, "lamina.LocalSGD(lr=0.1)")
@@ -148,6 +153,7 @@ class Federation:
         expect(aggregate == "mean", f"aggregate={aggregate!r}: expected 'mean'", where="aggregate")
         expect(is_whole(seed, 0), f"seed={seed!r}: expected a whole number >= 0", where="seed")
         expect_kind(store)
+        self.faults = Faults.of(faults or {}, self.cohort)
         self.data = data
         self.local = local or LocalSGD()
         self.weights = weights
@@ -191,7 +197,21 @@ class Federation:
         self._sizes = data.sizes.tolist()
         self._stack, why = engines.stack_for(engine, self._trainer, self._setup, self.initial.params, self.cohort)
         self.engine, self.workers, self.engine_reason = engines.choose(engine, self.cohort, workers, self._stack, why)
+        engines.expect_sendable(self.engine, self.workers, self._trainer, self._setup)
+        expect(
+            self.local.precision != "tf32" or self.engine == "cuda",
+            f"precision='tf32': only a GPU has it, and this is engine={self.engine!r}",
+            code="E118",
+            where="local.precision",
+            remedy="local.precision='fp32' or 'bf16'",
+        )
+        self._elsewhere: Callable[[], Engine] | None = None
         self._fedavg = self._fedavg_bytes()
+
+    @property
+    def setup(self) -> Setup:
+        """What its client rounds have in common."""
+        return self._setup
 
     @property
     def model(self) -> nn.Module:
@@ -234,6 +254,36 @@ class Federation:
         made.workers = 1
         return made
 
+    def by(self, name: str, reason: str, make: Callable[[Setup, Engine], Engine]) -> Federation:
+        """The same by another engine, whose clients are elsewhere: what they remember is with them.
+
+        Args:
+            make: is given the engine that would be used otherwise.
+
+        Raises:
+            ConfigError: E118 for what would be tested at the clients.
+        """
+        said = "clients that are elsewhere do not test their models"
+        expect(not self._judges, f"accuracy_before=True: {said}", code="E118", where="accuracy_before")
+        remedy = "leave the clients' own test sets out of the server's data"
+        expect(self.data.client_tests is None, f"client_tests: {said}", code="E118", where="data", remedy=remedy)
+        made = copy.copy(self)
+        made.store = ClientStore()
+        made.engine, made.workers, made.engine_reason = name, 1, reason
+        made._elsewhere = lambda: make(self._setup, self.made_engine())
+        return made
+
+    def made_engine(self, carry: frame.Carry | None = None) -> Engine:
+        """Its engine, to be closed after use.
+
+        Args:
+            carry: takes every frame instead of what takes them otherwise.
+        """
+        if self._elsewhere is not None:
+            return self._elsewhere()
+        setup = self._setup if carry is None else self._setup._replace(carry=carry)
+        return engines.make(self.engine, self.workers, self.engine_reason, self._trainer, setup, self._stack)
+
     def start(self, engine: Engine) -> tuple[State, Books]:
         """The state before round 0: the method's states, its probe and its setup."""
         params, buffers = self.initial
@@ -250,12 +300,8 @@ class Federation:
             mean, store = self._collect("probe", engine, probed, everyone, store, books)
             past = probed.past
             if not mean:
-                raise RunError(
-                    f"every client's probe was refused; the first, of client {books.events[0]['client']!r}, has "
-                    f"non-finite values in {books.events[0]['layer']}",
-                    code="E310",
-                    remedy="the loss or its gradient is not finite at the initial model: check the data and the loss",
-                )
+                remedy = "the loss or its gradient is not finite at the initial model: check the data and the loss"
+                raise _nobody("every client's probe was refused", books.events, remedy)
         params, server = self.method.setup(server, params, mean)
         if mean:
             first = self._broadcast(
@@ -280,12 +326,15 @@ class Federation:
             told = len(books.events)  # those of a probe stand before
             mean, store = self._collect(kind, engine, broadcast, order, state.clients, books)
             if not books.accepted:
+                remedy = "training diverged on every client: lower local.lr, or set local.clip"
+                raise _nobody(f"round {t}: every message was refused", books.events[told:], remedy, f"round {t}")
+            if books.accepted < self.faults.min_replies:
                 raise RunError(
-                    f"round {t}: every message was refused; the first, of client {books.events[told]['client']!r}, has "
-                    f"non-finite values in {books.events[told]['layer']}",
-                    code="E310",
+                    f"round {t}: {books.accepted} of {len(cohort)} messages were accepted, expected at least "
+                    f"{self.faults.min_replies}; the first that was not, of {_first(books.events[told:])}",
+                    code="E314",
                     where=f"round {t}",
-                    remedy="training diverged on every client: lower local.lr, or set local.clip",
+                    remedy="the state from before it is kept: go on from there (resume), or lower faults.min_replies",
                 )
             seen = mean
             truth = replace(plan, params=state.params, participation=books.accepted / len(self.data))
@@ -349,7 +398,8 @@ class Federation:
             parts = range(pieces(self.data.test))
             score = Score.total([score_of(reply) for reply in engine.replies("test", plan, parts, {})])
         tests = self.data.client_tests
-        if tests is not None or ("personal" in (self.method.withholds or "") and score is not None):
+        personally = tests is not None or ("personal" in (self.method.withholds or "") and score is not None)
+        if personally and self._elsewhere is None:
             plan = self._broadcast(self.method.plan(state.server, plan)).plan  # as clients would decode it
             having = [c for c, name in enumerate(self.data.names) if tests is None or name in tests]
             replies = engine.replies("personal", plan, having, state.clients.rows)
@@ -394,24 +444,35 @@ class Federation:
         if kind != "probe":
             store.will_need({*self._drawn(broadcast.plan.round + 1)} - {*order})  # while this cohort trains
         writer = store.writing()
-        for reply in engine.replies(kind, broadcast.plan, order, store.rows):
+
+        def pack(client: int, missing: Missing) -> bytes:
+            known = store.entry(client)
+            accepted = -1 if missing == "row" else known.accepted
+            return broadcast.packed({} if missing else known.held, accepted, client)
+
+        nothing: Held = {}  # is what a client counts as holding of which nothing usable came
+        for reply in engine.replies(kind, broadcast.plan, order, store.rows, pack):
             c = reply.client
             before = store.entry(c)
             down = books.sent(phase, "down", broadcast.sizes(before.held, before.accepted, c))
+            if reply.again is not None:
+                down += books.sent(phase, "down", broadcast.sizes({}, before.accepted, c))
             up = books.sent(phase, "up", reply.sizes)
-            books.client(c, self.data.names[c], self._sizes[c], reply, up, down, broadcast.plan.round)
+            books.client(c, self.data.names[c], self._sizes[c], reply, up, down, phase)
             if reply.refused is not None:
-                writer.tell(c, broadcast.tags)
+                writer.tell(c, broadcast.tags if reply.code == "E310" else nothing)
                 continue
+            members = reply.members or (c,)
+            share = total(shares[member] for member in members)
             for tree, content in reply.message.items():
                 if tree == "score":
                     books.before.append(score_of(reply).accuracy)
                 elif weighing.get(tree, tree) in self.method.uniform:
-                    uniform.add(tree, content, even)
+                    uniform.add(tree, content, even * len(members))
                 else:
-                    mean.add(tree, content, shares[c])
-            if kind != "probe":
-                books.count(reply.sizes["update"].entries, shares[c])
+                    mean.add(tree, content, share)
+            if "update" in reply.sizes:
+                books.count(reply.sizes["update"].entries, share)
             writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
         return mean.result() | uniform.result(), writer.done()
 
@@ -447,7 +508,7 @@ def run(
     if state is not None:
         _expect_own(fed, state)
         state = replace(state, clients=state.clients.on(fed.store.shelf))
-    engine = engines.make(fed.engine, fed.workers, fed.engine_reason, fed._trainer, fed._setup, fed._stack)
+    engine = fed.made_engine()
     try:
         books = Books()
         if state is None:
@@ -461,6 +522,21 @@ def run(
             books = Books()
     finally:
         engine.close()
+
+
+def _nobody(said: str, events: Sequence[Mapping[str, str]], remedy: str, where: str | None = None) -> RunError:
+    """No message was accepted."""
+    code = next((event["code"] for event in events if event["code"] != "E313"), "E310")
+    if code != "E310":
+        remedy = "look at the clients' nodes; the state from before is kept, so the run can go on from there (resume)"
+    return RunError(f"{said}; the first, of {_first(events)}", code=code, where=where, remedy=remedy)
+
+
+def _first(events: Sequence[Mapping[str, str]]) -> str:
+    """The first client whose message was not accepted, and why."""
+    event = next(event for event in events if event["code"] != "E313")
+    why = f"has non-finite values in {event['layer']}" if event["code"] == "E310" else event["why"]
+    return f"client {event['client']!r}, {why}" if event["code"] == "E310" else f"client {event['client']!r}: {why}"
 
 
 def _planned_otherwise(method: Method[Any, Any], horizon: int) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import itertools
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -37,6 +38,7 @@ _NEEDED = (  # what everybody reads of run.json
 )  # fmt: skip
 _BYTES = ("bytes_up", "bytes_down", "total_up", "total_down", "fedavg_up", "fedavg_down")
 _DAMAGED = "`lamina resume` goes on from an older checkpoint, if one is whole"
+_HOLDERS = 4096  # rows of split.json that are in memory at a time
 _COST = 0.05  # share of the time that checkpoint_every="auto" may cost
 
 
@@ -211,20 +213,28 @@ def best_of(rows: Sequence[Row], personal: bool) -> Row | None:
 
 def split_table(data: ClientData) -> dict[str, Any]:
     """split.json: who holds how much, and of which labels (`labels` is None where there are none)."""
-    table = data.label_table()
-    labels = [None] * len(data) if table is None else table.tolist()
-    clients = [
-        {"client": name, "examples": size, "labels": counted}
-        for name, size, counted in zip(data.names, data.sizes.tolist(), labels, strict=True)
-    ]
+    clients = [{"client": name, "examples": n, "labels": labels} for name, n, labels in _holders(data)]
+    return {**_split(data), "clients": clients}
+
+
+def _split(data: ClientData) -> dict[str, Any]:
     return {
         "data": data.name,
         "partition": data.partition,
         "split_sha256": data.split_sha256,
         "pool_sha256": data.pool_sha256,
         "classes": data.classes,
-        "clients": clients,
     }
+
+
+def _holders(data: ClientData) -> Iterator[tuple[str, int, list[int] | None]]:
+    """Name, examples and labels of every client. A million tables in Python at once would take more than the data."""
+    sizes = data.sizes
+    for first in range(0, len(data), _HOLDERS):
+        end = min(first + _HOLDERS, len(data))
+        table = data.label_table(first, end)
+        labels = [None] * (end - first) if table is None else table.tolist()
+        yield from zip(data.names[first:end], sizes[first:end].tolist(), labels, strict=True)
 
 
 def result(row: Row | None) -> dict[str, Any] | None:
@@ -355,9 +365,14 @@ def _append(path: Path, at: int, blob: bytes) -> None:
 
 def replace(path: Path, blob: bytes) -> None:
     """The old content or the new, never something between."""
+    rewrite(path, [blob])
+
+
+def rewrite(path: Path, blobs: Iterable[bytes]) -> None:
+    """The same, piece by piece."""
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(blob)
+        file.writelines(blobs)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -376,12 +391,19 @@ def document(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def split_document(data: ClientData) -> bytes:
-    """split.json with one line per client."""
-    table = split_table(data)
-    clients = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in table.pop("clients"))
-    head = json.dumps(table, indent=1, ensure_ascii=False).removesuffix("\n}")
-    return f'{head},\n "clients": [\n  {clients}\n ]\n}}\n'.encode()
+def split_document(data: ClientData) -> Iterator[bytes]:
+    """split.json with one line per client, piece by piece."""
+    head = json.dumps(_split(data), indent=1, ensure_ascii=False).removesuffix("\n}")
+    start = f'{head},\n "clients": [\n  '
+    text = json.JSONEncoder(ensure_ascii=False).encode
+    lines = (  # a list of whole numbers is written by Python as it is in JSON
+        f'{{"client": {text(name)}, "examples": {n}, "labels": {"null" if labels is None else labels}}}'
+        for name, n, labels in _holders(data)
+    )
+    while some := list(itertools.islice(lines, _HOLDERS)):
+        yield (start + ",\n  ".join(some)).encode()
+        start = ",\n  "
+    yield b"\n ]\n}\n"
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ import torch
 import xxhash
 
 from lamina.data import ClientData
-from lamina.engine import cores
+from lamina.engine import cores, cuda, mkl
 from lamina.federation import Federation
 
 
@@ -29,12 +29,13 @@ def environment(fed: Federation) -> dict[str, Any]:
     return {
         "lamina": installed("lamina"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": mkl.label(),
         "numpy": installed("numpy"),
         "safetensors": installed("safetensors"),
         "system": platform.platform(),
         "cpu": cpu_name(),
         "cores": cores(),
+        "gpus": cuda.names() if fed.engine == "cuda" else [],
         "torch_threads": torch.get_num_threads(),
         "git": _git(),
         "argv": redacted(sys.argv),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -34,43 +35,65 @@ def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("the model has no trainable parameter", code="E111", where="model")
+    if not len(data.indices) and data.test is None:
+        warnings.warn("there is no example here: the model is not tried on any", stacklevel=3)
+        return Trainer(model, loss, data, local, seed, channels_last=False)
     largest, smallest = _extremes(data, local)
     convolves = any(isinstance(module, nn.Conv2d) for module in model.modules())
     nhwc = convolves and _fails(model, loss, data, local, seed, largest, channels_last=True) is None
     error = None if nhwc else _fails(model, loss, data, local, seed, largest, channels_last=False)
-    if error is None and len(smallest) < len(largest):
+    if error is None and _length(smallest) < _length(largest):
         error = _fails(model, loss, data, local, seed, smallest, nhwc)
         if error is not None:
             error.remedy = (
-                f"some client's last batch has {len(smallest)} example(s): choose another batch_size, or a model that "
-                "takes such a batch (BatchNorm over a 1 x 1 map does not; norm='group' does)"
+                f"some client's last batch has {_length(smallest)} example(s): choose another batch_size, or a model "
+                "that takes such a batch (BatchNorm over a 1 x 1 map does not; norm='group' does)"
             )
     if error is not None:
         raise error
     return Trainer(model, loss, data, local, seed, nhwc)
 
 
-def _extremes(data: ClientData, local: LocalSGD) -> tuple[Tensor, Tensor]:
-    """The examples of a usual batch and of the smallest one that some client will train on."""
-    sizes = data.sizes
+Pair = tuple[Batch, Batch]  # x and y, as the data has them
+
+
+def _extremes(data: ClientData, local: LocalSGD) -> tuple[Pair, Pair]:
+    """The examples of a usual batch and of the smallest one that some client here will train on; where none is here,
+    some of the test set."""
+    if not len(data.indices):
+        assert data.test is not None  # else there is nothing to try
+        x, y = (_first(part, local.batch_size or _TRIAL) for part in data.test)
+        return (x, y), (x, y)
+    sizes = data.offsets.diff()
     batch = local.batch_size or int(sizes.max())
     last = torch.where(sizes < batch, sizes, torch.where(sizes % batch == 0, batch, sizes % batch))
     usual = data.indices_of(int(sizes.argmax()))[: min(batch, _TRIAL)]
-    client = int(last.argmin())
-    return usual, data.indices_of(client)[: min(int(last[client]), _TRIAL)]
+    client = int(last.where(sizes > 0, batch + 1).argmin())
+    return data.examples(usual), data.examples(data.indices_of(client)[: min(int(last[client]), _TRIAL)])
+
+
+def _first(part: Batch, n: int) -> Batch:
+    n = min(n, _TRIAL)
+    return {key: x[:n] for key, x in part.items()} if isinstance(part, dict) else part[:n]
+
+
+def _length(pair: Pair) -> int:
+    y = pair[1]
+    return len(next(iter(y.values()))) if isinstance(y, dict) else len(y)
 
 
 def _fails(
-    model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int, indices: Tensor, channels_last: bool
+    model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int, examples: Pair, channels_last: bool
 ) -> ConfigError | None:
     """One training step's gradient on these examples, on a copy."""
     trainer = Trainer(copy.deepcopy(model), loss, data, local, seed, channels_last)
     trainer.model.train()
-    x, y = trainer.batch(indices, None)
+    x, y = trainer.arrange(data.transform(examples[0], None)), examples[1]
     trace = _Trace(trainer.model)
     try:
         with addressed_rng(seed, "trial"):
-            output = trainer.forward(x)
+            with trainer.cast():
+                output = trainer.forward(x)
             classes = data.classes or 0
             if loss is functional.cross_entropy and isinstance(output, Tensor) and output.shape[1] < classes:
                 return ConfigError(
@@ -80,7 +103,8 @@ def _fails(
                     remedy=f"give the last layer {classes} outputs",
                 )
             trace.inside = "loss"
-            value = loss(output, y)
+            with trainer.cast():
+                value = loss(output, y)
             if not isinstance(value, Tensor) or value.dim() != 0:
                 shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 return ConfigError(f"loss: expected a scalar tensor, got {shape}", code="E121", where="loss")

@@ -34,7 +34,7 @@ from torch import nn
 
 from lamina import checkpoint, wire
 from lamina.data.client_data import POOLED
-from lamina.engine import bits, cores, processes
+from lamina.engine import bits, cores, mkl, processes
 from lamina.errors import ConfigError, LaminaError, StorageError, expect
 from lamina.federation import Federation, State
 from lamina.folder import (
@@ -54,6 +54,7 @@ from lamina.folder import (
     replace,
     restore,
     result,
+    rewrite,
     split_document,
     standing,
     storing,
@@ -197,7 +198,7 @@ class Run:
         config = load(self.path / "config.toml", env={})
         engine = self.info["engine"]
         if bits(engine) == "one thread":
-            several = processes.available() and cores() > 1
+            several = cores() > 1 and (processes.available() or config.engine == "processes")
             engine = "processes" if several and config.engine != "loop" else "loop"
         return config.model_copy(update={"engine": engine})
 
@@ -269,7 +270,7 @@ def fit(
                 replace(folder / "config.toml", to_toml(config).encode())
             began = {} if config is None else {"config": config.fixed, "entries": config.entry_sha256}
             replace(folder / "env.json", document(environment(fed) | began))
-            replace(folder / "split.json", split_document(fed.data))
+            rewrite(folder / "split.json", split_document(fed.data))
             for log in book.logs:
                 (folder / log).write_bytes(b"")
             book.save()
@@ -331,7 +332,7 @@ def resume(
             book.event({"event": "other cores", "message": warning})
             watcher.note(warning)
         at = info["rounds_done"]
-        book.event({"event": "resumed", "round": at, "torch": torch.__version__})
+        book.event({"event": "resumed", "round": at, "torch": mkl.label()})
         return _drive(fed, book, again, total - at, watcher)
 
 
@@ -585,7 +586,7 @@ def _fresh_info(
         "initial_sha256": State(*fed.initial, (), ClientStore()).sha256(),
         "final_sha256": None,
         "config_sha256": None if config is None else config.sha256,
-        "torch": torch.__version__,
+        "torch": mkl.label(),
         "engine": fed.engine,
         "engine_reason": fed.engine_reason,
         "workers": fed.workers,

@@ -21,8 +21,8 @@ from lamina.entry import anchored, is_entry
 from lamina.errors import ConfigError, meant
 
 PARTS = ("model", "data", "method", "uplink", "downlink")  # sections that name something
-SECTIONS = (*PARTS, "local", "run", "metrics")
-_OWN_VARIABLES = ("LAMINA_RUNS", "LAMINA_OFFLINE", "LAMINA_DATA")  # of the environment, not keys
+SECTIONS = (*PARTS, "local", "run", "faults", "metrics")
+_OWN_VARIABLES = ("LAMINA_RUNS", "LAMINA_OFFLINE", "LAMINA_DATA", "LAMINA_MKL")  # of the environment, not keys
 
 Key = tuple[str, ...]  # ("method", "phi"), or ("method", "0", "phi") in a chain
 Values = dict[Key, tuple[Any, str]]  # key -> value, origin

@@ -341,8 +341,9 @@ def banner(run: Run, fed: Federation, width: int | None) -> list[str]:
     work = f"{local.steps} steps" if local.steps else f"{local.epochs} epoch{'s' * (local.epochs > 1)}"
     batch = "all" if local.batch_size is None else local.batch_size
     sgd = f"SGD {local.lr:g}" + (f" momentum {local.momentum:g}" if local.momentum else "")
+    sgd += f" {local.precision}" * (local.precision != "fp32")
     config = f"   config {info['config_sha256'][:8]}" if info["config_sha256"] else ""
-    workers = f" x{info['workers']}" if info["engine"] == "processes" else ""
+    workers = f" x{info['workers']}" if info["engine"] in ("processes", "cuda") else ""
     most = sum(x.numel() * x.element_size() for x in fed.initial.params.values())
     engine = f"{info['engine']}{workers} · {info['engine_reason']}"
     pairs = [

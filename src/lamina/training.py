@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lamina.tree import Params
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Correct: TypeAlias = Callable[[Tensor, Params, Params], Params]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class LocalSGD:
         schedule: factor of lr by round (see lamina.schedule), or a function (round, rounds) -> factor.
         clip: largest global norm of the corrected gradient, > 0; scaled by exactly clip / norm (torch's
             clip_grad_norm_ adds 1e-6 to the norm).
+        precision: of the forward pass, the loss and their gradient: "fp32", "bf16" (torch.autocast), or, on a GPU,
+            "tf32" products. Weights, gradients as `correct` sees them, momentum and all that travels stay as the model
+            has them, and so does evaluation: it measures the model that the server holds, alike for all runs.
     """
 
     lr: float = 0.1
@@ -46,6 +50,7 @@ class LocalSGD:
     steps: int | None = None
     schedule: str | schedule.Schedule = "constant"
     clip: float | None = None
+    precision: Precision = "fp32"
 
     def __post_init__(self) -> None:
         fine = is_number(self.lr, 0) and self.lr > 0
@@ -62,6 +67,12 @@ class LocalSGD:
         expect(fine, f"clip={self.clip}: expected a number > 0", where="local.clip")
         known = isinstance(self.schedule, str) or callable(self.schedule)
         expect(known, f"schedule={self.schedule!r}: expected e.g. 'exp:0.998', or a function", where="local.schedule")
+        fine = self.precision in get_args(Precision)
+        expect(
+            fine,
+            f"precision={self.precision!r}: expected one of {', '.join(get_args(Precision))}",
+            where="local.precision",
+        )
         self.rate(0, 1)
 
     def rate(self, round: int, rounds: int) -> float:
@@ -123,6 +134,7 @@ class Trainer:
         modules = dict(model.named_modules())
         places = {name: name.rpartition(".") for name, _ in model.named_buffers()}
         self._places = {name: (modules[owner]._buffers, leaf) for name, (owner, _, leaf) in places.items()}
+        self._own = dict(model.named_buffers())
         kept = set(model.state_dict(keep_vars=True))
         self._unsaved = {name: b.clone() for name, b in model.named_buffers() if name not in kept}
         self._held: Plan | None = None
@@ -151,7 +163,14 @@ class Trainer:
         """Also those that are in no state_dict, such as caches a forward pass writes: nothing leaks between clients."""
         for name, value in {**self._unsaved, **buffers}.items():
             place, leaf = self._places[name]
-            place[leaf] = value.clone()
+            own = self._own[name]
+            alike = own.shape == value.shape and own.dtype == value.dtype
+            place[leaf] = own.copy_(value) if alike else value.to(own.device, copy=True)
+
+    @property
+    def replaced(self) -> str | None:
+        """The first buffer that a forward pass has put another tensor in the place of, instead of writing into it."""
+        return next((name for name, own in self._own.items() if self._buffer(name) is not own), None)
 
     def _buffer(self, name: str) -> Tensor | None:
         place, leaf = self._places[name]
@@ -169,9 +188,16 @@ class Trainer:
         """A batch that is a dictionary of tensors becomes keyword arguments."""
         return self.model(**x) if isinstance(x, dict) else self.model(x)
 
+    def cast(self) -> torch.autocast:
+        """The local step's precision, for a forward pass and its loss. Nothing is cached between two uses of a weight:
+        a cache would outlive a CUDA graph's capture."""
+        device = self.weights[0].device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.local.precision == "bf16", cache_enabled=False)
+
     def gradient(self, x: Batch, y: Batch) -> tuple[tuple[Tensor, ...], Tensor]:
         """Fresh tensors every time: no zeroing, no accumulation."""
-        loss = self.loss(self.forward(x), y)
+        with self.cast():
+            loss = self.loss(self.forward(x), y)
         return torch.autograd.grad(loss, self.weights, materialize_grads=True), loss.detach()
 
     def train(self, client: int, plan: Plan, start: Params, buffers: Params, correct: Correct | None) -> Trained:
@@ -194,7 +220,7 @@ class Trainer:
                         corrected = correct(torch.tensor(k), self.detached(), dict(zip(self.params, g, strict=True)))
                         g = [corrected[name] for name in self.params]
                     if local.clip is not None:
-                        g = _clipped(g, local.clip)
+                        g = clipped(g, local.clip)
                     if local.weight_decay:
                         g = list(torch._foreach_add(g, weights, alpha=local.weight_decay))
                     if local.momentum:
@@ -218,7 +244,8 @@ class Trainer:
         return {name: p.detach().clone(memory_format=torch.contiguous_format) for name, p in self.params.items()}
 
 
-def _clipped(grads: list[Tensor], limit: float) -> list[Tensor]:
+def clipped(grads: list[Tensor], limit: float) -> list[Tensor]:
+    """Scaled down to this global norm where theirs is larger."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return list(torch._foreach_mul(grads, (limit / norm).clamp(max=1.0)))
 

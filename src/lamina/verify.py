@@ -22,11 +22,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from lamina import checkpoint
+from lamina.engine import mkl
 from lamina.errors import LaminaError, RunError, StorageError
 from lamina.federation import Federation, State
 from lamina.folder import CLIENTS, Row, read_info, read_log, read_rows
@@ -307,8 +307,8 @@ def resend(
         say(f"{warning}: the model is not compared")
         written = {}
     begin = state.round if state else 0
-    if torch.__version__ != run.info["torch"]:
-        say(f"this run was made with torch {run.info['torch']}: with {torch.__version__} the last bits may be others")
+    if mkl.label() != run.info["torch"]:
+        say(f"this run was made with torch {run.info['torch']}: with {mkl.label()} the last bits may be others")
     why = "" if begin or afresh else ": there is no older checkpoint that is whole"
     say(f"rounds {begin} to {end - 1} of {total} once more, from {f'round-{begin:06d}' if begin else 'the start'}{why}")
     traffic = _Written(folder, run.info).traffic

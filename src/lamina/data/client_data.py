@@ -49,6 +49,7 @@ class ClientData:
         transform: applied to x inside the step; see `lamina.data.transform`.
         name: of the data set, for records.
         partition: how it was split, for records.
+        counts: int64 [N], examples per client where not all of them are here; made by `among` and `registry`.
         check: look through all values (finite, not negative); the form is checked always.
 
     Raises:
@@ -65,6 +66,7 @@ class ClientData:
     transform: Transform = field(default_factory=Identity)
     name: str = "custom"
     partition: str = "given"
+    counts: Tensor | None = None
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
@@ -86,8 +88,13 @@ class ClientData:
 
     @property
     def sizes(self) -> Tensor:
-        """Examples per client, int64 [N]."""
-        return self.offsets.diff()
+        """Examples per client, int64 [N], wherever they are."""
+        return self.offsets.diff() if self.counts is None else self.counts
+
+    @property
+    def here(self) -> list[int]:
+        """Positions of the clients whose examples are here, ascending."""
+        return self.offsets.diff().nonzero().view(-1).tolist()
 
     @cached_property
     def classes(self) -> int | None:
@@ -109,6 +116,8 @@ class ClientData:
         digest = hashlib.sha256(json.dumps(self.names).encode())
         for part in (self.offsets, self.indices):
             digest.update(part.cpu().numpy().astype("<i8").tobytes())
+        if self.counts is not None:
+            digest.update(self.counts.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     @cached_property
@@ -117,13 +126,17 @@ class ClientData:
         form = [[_layout(part), _length(part)] for part in (self.x, self.y)]
         return hashlib.sha256((self.split_sha256 + json.dumps(form)).encode()).hexdigest()
 
-    def label_table(self) -> Tensor | None:
-        """Examples by client and label, int64 [N, classes]; None when there are no labels."""
+    def label_table(self, first: int = 0, end: int | None = None) -> Tensor | None:
+        """Examples by client and label, int64 [N, classes], of the clients from `first` to before `end`; None when
+        there are no labels."""
         if self.classes is None or not isinstance(self.y, Tensor):
             return None
-        client = torch.repeat_interleave(torch.arange(len(self)), self.sizes)
-        cell = client * self.classes + self.y.index_select(0, self.indices)
-        return torch.bincount(cell, minlength=len(self) * self.classes).view(len(self), self.classes)
+        offsets = self.offsets[first : len(self) + 1 if end is None else end + 1]
+        n = len(offsets) - 1
+        client = torch.repeat_interleave(torch.arange(n), offsets.diff())
+        held = self.indices[int(offsets[0]) : int(offsets[-1])]
+        cell = client * self.classes + self.y.index_select(0, held)
+        return torch.bincount(cell, minlength=n * self.classes).view(n, self.classes)
 
     @cached_property
     def pool_sha256(self) -> str:
@@ -132,11 +145,17 @@ class ClientData:
         sets = [(self.x, self.y), *([] if self.test is None else [self.test])]
         form = [[_layout(part), _length(part)] for pair in sets for part in pair]
         digest = hashlib.sha256(json.dumps([self.name, form]).encode())
-        digest.update(torch.unique(self.indices).numpy().astype("<i8").tobytes())
+        digest.update(self._held().numpy().astype("<i8").tobytes())
         for _, y in sets:
             for _, values in sorted(_entries(y), key=lambda entry: entry[0]):
                 digest.update(values.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+    def _held(self) -> Tensor:
+        """The examples that some client holds, ascending: by marking them, as sorting all indices takes seconds."""
+        held = torch.zeros(_length(self.x), dtype=torch.bool)
+        held[self.indices] = True
+        return held.nonzero().view(-1)
 
     def pooled(self) -> ClientData:
         """One client, "all", that holds every example that any client holds, once; the tests of clients are dropped."""
@@ -144,7 +163,7 @@ class ClientData:
             self.x,
             self.y,
             ("all",),
-            *_csr([torch.unique(self.indices)]),
+            *_csr([self._held()]),
             test=self.test,
             transform=self.transform,
             name=self.name,
@@ -174,6 +193,77 @@ class ClientData:
             name=self.name,
             partition=self.partition,
             check=False,
+        )
+
+    def among(self, names: Sequence[str]) -> ClientData:
+        """The same clients and examples, among further clients of which there are no examples here.
+
+        Args:
+            names: of all clients, these included; a "client id" is a position in it.
+
+        Raises:
+            DataError: E213 for a list that lacks a client of these, or has a name twice.
+        """
+        lacking = sorted(set(self.names) - set(names))
+        if lacking:
+            raise DataError(f"client {lacking[0]!r} is not among the {len(names)} names", code="E213")
+        own = {name: client for client, name in enumerate(self.names)}
+        nobody = self.indices[:0]
+        offsets, indices = _csr([self.indices_of(own[name]) if name in own else nobody for name in names])
+        return ClientData(
+            self.x,
+            self.y,
+            tuple(names),
+            offsets,
+            indices,
+            test=self.test,
+            client_tests=self.client_tests,
+            transform=self.transform,
+            name=self.name,
+            partition=self.partition,
+            counts=offsets.diff(),
+            check=False,
+        )
+
+    @classmethod
+    def registry(
+        cls,
+        sizes: Mapping[str, int],
+        *,
+        test: Any = None,
+        transform: Transform | None = None,
+        name: str = "custom",
+        partition: str = "given",
+    ) -> ClientData:
+        """Of clients whose examples are elsewhere.
+
+        Args:
+            sizes: number of examples by client name, in the order of the clients.
+            test: as `train` in `from_dataset`.
+            transform: `Identity()` if None.
+            name, partition: for records.
+
+        Raises:
+            DataError: E210 to E218.
+        """
+        pair = None if test is None else _read(test, "test")[:2]
+        nobody = torch.arange(0)
+        x, y = (nobody, nobody) if pair is None else (_select(part, nobody) for part in pair)
+        offsets, indices = _csr([nobody for _ in sizes])
+        empty = [key for key, size in sizes.items() if size < 1]
+        if empty:
+            raise _empty_clients(empty, len(sizes))
+        return cls(
+            x,
+            y,
+            tuple(sizes),
+            offsets,
+            indices,
+            test=pair,
+            transform=transform or Identity(),
+            name=name,
+            partition=partition,
+            counts=torch.tensor([*sizes.values()], dtype=torch.int64),
         )
 
     @classmethod
@@ -322,7 +412,8 @@ class ClientData:
     def _sets(self) -> list[tuple[str, Batch, Batch]]:
         tests = [] if self.test is None else [("test", *self.test)]
         own = [(f"test of client {name!r}", *pair) for name, pair in (self.client_tests or {}).items()]
-        return [("train", self.x, self.y), *tests, *own]
+        train = [("train", self.x, self.y)] if self.counts is None or len(self.indices) else []
+        return [*train, *tests, *own]
 
     def _check_form(self) -> None:
         if not self.names:
@@ -338,7 +429,7 @@ class ClientData:
                 remedy=f"names are {', '.join(self.names[:5])}{', ...' if len(self) > 5 else ''}",
             )
         length = _length(self.x)
-        sizes = self.sizes
+        sizes = self.offsets.diff()
         if len(sizes) != len(self) or int(self.offsets[0]) != 0 or int(self.offsets[-1]) != len(self.indices):
             raise DataError(
                 f"offsets of {len(self.offsets)} for {len(self)} clients and {len(self.indices)} indices",
@@ -346,7 +437,7 @@ class ClientData:
                 remedy="offsets has one more entry than there are clients, from 0 to the number of indices",
             )
         empty = [self.names[i] for i in (sizes <= 0).nonzero().view(-1).tolist()]
-        if empty:
+        if empty and self.counts is None:
             raise _empty_clients(empty, len(self))
         outside = ((self.indices < 0) | (self.indices >= length)).nonzero().view(-1)
         if len(outside):

@@ -7,7 +7,7 @@ import os
 import torch
 
 from lamina.client import Setup
-from lamina.engine import gemm, processes
+from lamina.engine import children, cuda, gemm, processes
 from lamina.engine.base import Engine, Worker
 from lamina.engine.loop import LoopEngine
 from lamina.engine.processes import ProcessEngine
@@ -16,7 +16,7 @@ from lamina.errors import ConfigError, expect, is_whole
 from lamina.training import Trainer, batches
 from lamina.tree import Params
 
-ENGINES = ("auto", "loop", "processes", "threads", "stacked")
+ENGINES = ("auto", "loop", "processes", "threads", "stacked", "cuda")
 _SMALL = 100_000  # parameters of a network that `auto` stacks
 _LIGHT = 15e6  # floating-point operations of a step that `auto` stacks
 _FEWEST = 2  # clients in a stack that `auto` makes
@@ -38,12 +38,12 @@ def choose(
     """Name, workers and reason of the engine to use, from static features only: results never depend on a timing.
 
     Small networks of linear layers are stacked; else one client per core wins on every work of docs/performance.md, the
-    one whose model exceeds the cache included.
+    one whose model exceeds the cache included. A GPU is not taken unasked as long as nobody has measured it.
 
     Args:
         name: what was asked for; "auto" applies the rule.
         cohort: clients per round.
-        workers: processes asked for, None for one per core.
+        workers: processes asked for, None for one per core; on GPUs clients at once, None for 8 a device.
         stack, why: what `stack_for` says of the federation.
 
     Raises:
@@ -51,23 +51,36 @@ def choose(
     """
     expect(name in ENGINES, f"engine={name!r}: expected one of {', '.join(ENGINES)}", code="E103", where="engine")
     expect(workers is None or is_whole(workers, 1), f"workers={workers}: expected a whole number >= 1", where="workers")
+    if name == "cuda":
+        return _on_gpus(cohort, workers)
     limit = min(workers or cores(), cohort)
     if name == "processes":
-        if not processes.available():
-            raise ConfigError("engine='processes' needs fork", code="E118", where="engine", remedy="engine='threads'")
         return name, limit, "asked for"
     if name in ("loop", "threads"):
         return name, 1, "asked for"
-    if stack is not None:
-        return "stacked", min(limit, -(-cohort // stack.width)) if processes.available() else 1, why
+    if stack is not None:  # a script that did not ask for workers need not be fit for them to be spawned
+        alone = name == "auto" and not processes.available()
+        return "stacked", 1 if alone else min(limit, -(-cohort // stack.width)), why
     instead = f"stacked was asked for, but {why}; " if name == "stacked" else ""
+    idle = "; engine='cuda' would use the GPU" if cuda.available() else ""
     if cohort < cores():
-        return "threads", 1, f"{instead}{cohort} clients a round are fewer than {cores()} cores"
+        return "threads", 1, f"{instead}{cohort} clients a round are fewer than {cores()} cores{idle}"
     if not processes.available():
-        return "threads", 1, f"{instead}this system cannot fork"
+        return "threads", 1, f"{instead}this system cannot fork, and auto spawns no workers{idle}"
     if limit == 1:
-        return "loop", 1, f"{instead}one core"
-    return "processes", limit, f"{instead}one client a process, {limit} at a time on {cores()} cores"
+        return "loop", 1, f"{instead}one core{idle}"
+    return "processes", limit, f"{instead}one client a process, {limit} at a time on {cores()} cores{idle}"
+
+
+def _on_gpus(cohort: int, workers: int | None) -> tuple[str, int, str]:
+    if not cuda.available():
+        raise ConfigError(
+            "engine='cuda': torch finds no GPU",
+            code="E118",
+            where="engine",
+            remedy="engine='auto'; with a GPU in the machine, a driver and a torch that is built for CUDA",
+        )
+    return "cuda", min(workers or cuda.STREAMS * len(cuda.devices()), cohort), "asked for"
 
 
 def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort: int) -> tuple[Stack | None, str]:
@@ -79,12 +92,16 @@ def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort:
     """
     if name not in ("auto", "stacked"):
         return None, "another engine was asked for"
+    if not len(setup.data.indices):
+        return None, "the examples are elsewhere"
     written = gemm.recognise(trainer)
     parameters = sum(w.numel() for w in trainer.weights)
     batch = setup.local.batch_size or int(setup.data.sizes.max())
     light = parameters <= _SMALL and 6 * parameters * batch <= _LIGHT
     width = min(WIDTH, -(-cohort // 8))  # a function of the cohort, not of the cores: results do not depend on them
     if name == "auto" and (written is None or not light or width < _FEWEST):
+        if trainer.local.precision != "fp32":
+            return None, f"only fp32 is written out, not {trainer.local.precision}"
         return None, "not a small network of linear layers, or few clients a round"
     if trainer.buffers:
         return None, f"the model has buffers ({next(iter(trainer.buffers))}), which training may change"
@@ -93,13 +110,16 @@ def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort:
     if failure:
         return None, failure
     how = f"{parameters:,} parameters in linear layers" if written else "asked for, by torch's vmap"
+    if trainer.local.precision != "fp32":
+        how += f" (only fp32 is written out, not {trainer.local.precision})"
     return stack, f"{how}, {width} clients at a time"
 
 
 def _tried(stack: Stack, trainer: Trainer, setup: Setup, params: Params) -> str:
     """Why the stack does not work for this model; "" when its gradients are those of one client after the other."""
     data = setup.data
-    clients = data.sizes.argsort(descending=True, stable=True)[:2].tolist()
+    sizes = data.offsets.diff()
+    clients = [c for c in sizes.argsort(descending=True, stable=True)[:2].tolist() if sizes[c]]
     chunks = [next(batches(data, c, setup.local, setup.seed, 0)) for c in clients]
     weights = {name: torch.stack([x] * len(clients)) for name, x in params.items()}
     trainer.model.train()
@@ -108,21 +128,34 @@ def _tried(stack: Stack, trainer: Trainer, setup: Setup, params: Params) -> str:
         grads, _ = stack.gradient(weights, chunks, stack.fetch(setup, 0, clients, draws=False))
     except Exception as error:  # whatever the user's model does not allow
         return f"the model cannot be stacked ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
+    rtol, atol = (2e-2, 2e-2) if trainer.local.precision == "bf16" else (1e-3, 1e-4)
     for i, chunk in enumerate(chunks):
         x, y = trainer.batch(chunk, None)
         expected, _ = trainer.gradient(x, y)
         for (name, g), one in zip(grads.items(), expected, strict=True):
             scale = float(one.abs().max())
-            if not torch.allclose(g[i], one, rtol=1e-3, atol=1e-4 * scale):
+            if not torch.allclose(g[i], one, rtol=rtol, atol=atol * scale):
                 return f"the stacked gradient of {name} differs from that of one client"
     return ""
 
 
+def expect_sendable(name: str, workers: int, trainer: Trainer, setup: Setup) -> None:
+    """Raises ConfigError E118 where the engine must spawn its workers and something cannot be handed to them."""
+    if _in_processes(name, workers) and not processes.available():
+        children.expect_sendable(trainer, setup)
+
+
+def _in_processes(name: str, workers: int) -> bool:
+    return name == "processes" or (name == "stacked" and workers > 1)
+
+
 def make(name: str, workers: int, reason: str, trainer: Trainer, setup: Setup, stack: Stack | None = None) -> Engine:
+    if name == "cuda":
+        return cuda.CudaEngine(trainer, setup, workers, reason, cuda.devices())
     worker = Worker(trainer, setup, stack)
-    if name == "processes" or (name == "stacked" and workers > 1):
+    if _in_processes(name, workers):
         return ProcessEngine(name, worker, workers, reason)
     return LoopEngine(name, worker, cores() if name == "threads" else 1, reason)
 
 
-__all__ = ["ENGINES", "Engine", "bits", "choose", "cores", "make", "stack_for"]
+__all__ = ["ENGINES", "Engine", "bits", "choose", "cores", "expect_sendable", "make", "stack_for"]

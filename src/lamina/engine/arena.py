@@ -27,14 +27,24 @@ class Full(Exception):
         self.needed = needed
 
 
-class Arena:
-    """Anonymous shared memory, inherited by forked workers. It has no name, so nothing can be left behind, and a page
-    that is never written costs nothing."""
+def anonymous_memory(size: int) -> Tensor:
+    """Bytes that forked processes inherit. They have no name and no file system (/dev/shm may be tiny), so nothing can
+    be left behind, and a page that is never written costs nothing."""
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8)
 
-    def __init__(self, size: int):
-        self.size = size
-        self._map = mmap.mmap(-1, size)
-        self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+def shared_memory(size: int) -> Tensor:
+    """Bytes that can be handed to a process of its own. They go with the last process that has them."""
+    storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class Arena:
+    """Args: memory: where the trees are written; all processes see one and the same."""
+
+    def __init__(self, memory: Tensor):
+        self.size = len(memory)
+        self._bytes = memory
 
     def write(self, trees: Mapping[str, Params], start: int, end: int) -> tuple[list[Entry], int]:
         """Copies the trees in, between these offsets; returns where everything lies and the first free offset.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 
@@ -16,8 +16,11 @@ from lamina.method import Plan
 from lamina.store import Row
 from lamina.training import Trainer
 from lamina.tree import Message, Params
+from lamina.wire import frame
 
 Kind = Literal["round", "judged", "probe", "test", "personal"]  # judged: a round, with its client's model tested
+Missing = Literal["", "plan", "row"]  # what a client has lost of all that it was sent; "row": what it remembered, too
+Pack: TypeAlias = Callable[[int, Missing], bytes]  # the plan's frame for a client, for what it holds if nothing is lost
 
 
 class Engine(Protocol):
@@ -25,12 +28,15 @@ class Engine(Protocol):
     reason: str  # why this one was chosen, for the record
     workers: int
 
-    def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+    def replies(
+        self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row], pack: Pack | None = None
+    ) -> Iterator[Reply]:
         """The replies in the order of `clients`. A reply's message may be overwritten once the next one is asked for.
 
         Args:
             kind: what to do; for "test", `clients` are pieces of the test set.
             rows: what the clients remember; one that is missing starts from the method's `init_client`.
+            pack: makes the bytes for clients that are elsewhere. Engines with clients of their own have no use for it.
         """
         ...
 
@@ -51,24 +57,17 @@ class Worker:
         return [clients[at : at + width] for at in range(0, len(clients), width)]
 
     def do(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Sequence[Row | None]) -> list[Reply]:
-        """One job. What fails in the user's model, loss or method comes out as a RunError (E304) that says where."""
-        try:
-            return self._do(kind, plan, clients, rows)
-        except LaminaError:
-            raise
-        except Exception as error:
-            raise RunError(
-                f"{type(error).__name__}: {error}",
-                code="E304",
-                where=f"{subject(kind, self.setup, clients)}, round {plan.round}, {place(error)}",
-            ) from error
+        """One job."""
+        with blaming(kind, self.setup, plan, clients):
+            replies = self._do(kind, plan, clients, rows)
+        return enclosed(self.setup, replies)
 
     def _do(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Sequence[Row | None]) -> list[Reply]:
         trainer, setup = self.trainer, self.setup
 
         def judge(params: Params) -> Message:
             trainer.load(params, plan.buffers)
-            return _numbers(score_local(trainer, setup))
+            return score_tree(score_local(trainer, setup))
 
         if self.stack is not None and kind in ("round", "judged"):
             return stack_round(self.stack, setup, plan, clients, rows, judge if kind == "judged" else None)
@@ -82,8 +81,46 @@ class Worker:
                 return [_scored(client, score_personal(trainer, setup, plan, client, known(setup, plan, row)))]
         reply = client_round(trainer, setup, plan, client, row)
         if kind == "judged":
-            reply.message.update(_numbers(score_local(trainer, setup)))
+            reply.message.update(score_tree(score_local(trainer, setup)))
         return [reply]
+
+
+@contextmanager
+def blaming(kind: Kind, setup: Setup, plan: Plan, clients: Sequence[int]) -> Iterator[None]:
+    """What fails in the user's model, loss or method comes out as a RunError (E304) that says where."""
+    try:
+        yield
+    except LaminaError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"{type(error).__name__}: {error}",
+            code="E304",
+            where=f"{subject(kind, setup, clients)}, round {plan.round}, {place(error)}",
+        ) from error
+
+
+class Keep:
+    """A `frame.Carry` for clients whose server is elsewhere: it keeps the message's frame, by client."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, bytes] = {}
+
+    def __call__(self, kind: str, blob: bytes) -> bytes:
+        _, _, client = frame.FIXED.unpack_from(blob, frame.FRONT.size + 8)
+        self.frames[client] = blob
+        return blob
+
+
+def enclosed(setup: Setup, replies: list[Reply]) -> list[Reply]:
+    """Where frames are kept: replies that have, instead of the message as its server would decode it, the bytes of its
+    frame as the tree "frame". So they come out of worker processes like any other tensor."""
+    kept = setup.carry
+    if not isinstance(kept, Keep):
+        return replies
+    blobs = [bytearray(kept.frames.pop(reply.client)) for reply in replies]
+    tensors = [torch.frombuffer(blob, dtype=torch.uint8) for blob in blobs]
+    return [r._replace(message={"frame": {"frame": x}}) for r, x in zip(replies, tensors, strict=True)]
 
 
 def subject(kind: Kind, setup: Setup, clients: Sequence[int]) -> str:
@@ -100,10 +137,10 @@ def score_of(reply: Reply) -> Score:
 
 
 def _scored(client: int, score: Score) -> Reply:
-    return Reply(client, _numbers(score), None, {}, 0.0, 0, None)
+    return Reply(client, score_tree(score), None, {}, 0.0, 0, None)
 
 
-def _numbers(score: Score) -> Message:
+def score_tree(score: Score) -> Message:
     return {"score": {"score": torch.tensor(score, dtype=torch.float64)}}
 
 

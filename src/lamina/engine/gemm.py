@@ -119,8 +119,10 @@ class Gemm:
 
 
 def recognise(trainer: Trainer) -> Gemm | None:
-    """The written-out gradient of this model, if it is such a network."""
+    """The written-out gradient of this model, if it is such a network and trains in its own precision."""
     model, data = trainer.model, trainer.data
+    if trainer.local.precision != "fp32":
+        return None
     if trainer.loss is not functional.cross_entropy or isinstance(data.x, dict) or isinstance(data.y, dict):
         return None
     if data.y.dim() != 1 or data.y.is_floating_point():

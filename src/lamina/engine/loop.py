@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from lamina.client import Reply
 from lamina.engine.allocator import keep_memory
-from lamina.engine.base import Kind, Worker, threads
+from lamina.engine.base import Kind, Pack, Worker, threads
 from lamina.method import Plan
 from lamina.store import Row
 
@@ -23,7 +23,9 @@ class LoopEngine:
         self._cores = cores
         keep_memory()
 
-    def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+    def replies(
+        self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row], pack: Pack | None = None
+    ) -> Iterator[Reply]:
         for job in self._worker.jobs(kind, clients):
             with threads(self._cores):
                 done = self._worker.do(kind, plan, job, [rows.get(client) for client in job])

@@ -1,4 +1,4 @@
-"""One job per core: worker processes forked after the data is loaded, tensors in shared memory.
+"""One job per core: worker processes started after the data is loaded, tensors in shared memory.
 
     parent   plan -> arena, "round" -> every worker;  then one job at a time to whoever is idle, longest first
     worker   rows <- its slot;  client_round;  messages and new rows -> the same slot;  "done" -> parent
@@ -11,18 +11,15 @@ number of workers.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
 import signal
 import sys
-import threading
 import traceback
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 import torch
@@ -30,8 +27,19 @@ import torch
 from lamina import wire
 from lamina.client import Reply, known
 from lamina.engine.allocator import keep_memory
-from lamina.engine.arena import Arena, Full, layout
-from lamina.engine.base import Kind, Worker, subject
+from lamina.engine.arena import Arena, Full, anonymous_memory, layout, shared_memory
+from lamina.engine.base import Kind, Pack, Worker, subject
+from lamina.engine.children import (
+    Child,
+    Parcel,
+    failed_to_start,
+    follow_parent,
+    fork,
+    interrupts_wait,
+    packed,
+    spawn,
+    unpacked,
+)
 from lamina.engine.stack import Alike
 from lamina.errors import LaminaError, RunError, class_of
 from lamina.method import Plan
@@ -42,6 +50,7 @@ _SLOT_BUDGET = 512 << 20  # bytes of shared memory for replies that wait for the
 
 
 def available() -> bool:
+    """Whether this system can fork."""
     return hasattr(os, "fork") and sys.platform != "darwin"  # macOS: system libraries do not survive a fork
 
 
@@ -55,7 +64,9 @@ class ProcessEngine:
         self._worker = worker
         self._pool: _Pool | None = None
 
-    def replies(self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row]) -> Iterator[Reply]:
+    def replies(
+        self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row], pack: Pack | None = None
+    ) -> Iterator[Reply]:
         jobs = self._worker.jobs(kind, clients)
         done = 0
         need = 0
@@ -67,7 +78,7 @@ class ProcessEngine:
                     done += 1
                     yield from replies
                 return
-            except Full as full:  # a method's trees outgrew the slots: fork again with larger ones, go on from there
+            except Full as full:  # a method's trees outgrew the slots: begin again with larger ones, go on from there
                 self.close()
                 need = 2 * full.needed
 
@@ -82,51 +93,50 @@ class _Pool:
         setup, width = worker.setup, worker.stack.width if worker.stack else 1
         _, size = layout({"p": plan.params, "b": plan.buffers})
         _, shared = layout({"mask": plan.mask or {}, **plan.shared})
-        self._plans = Arena(2 * size + 4 * shared + (1 << 20))
+        memory = anonymous_memory if available() else shared_memory
+        self._plans = Arena(memory(2 * size + 4 * shared + (1 << 20)))
         self._slot = max(need, width * (6 + 2 * len(setup.method.sends)) * size + (1 << 16))
         slots = max(2 * workers, min(16 * workers, _SLOT_BUDGET // self._slot))
-        self._replies = Arena(slots * self._slot)
+        self._replies = Arena(memory(slots * self._slot))
         self._setup = setup
         self._like = known(setup, plan, None)  # names the classes of a row
         self._free = list(range(slots))
         self._pipes: list[Connection] = []
-        self._pids: list[int] = []
-        gc.collect()
-        gc.freeze()  # so that the collector does not touch, and thereby copy, the pages the workers share
+        self._children: list[Child] = []
         try:
-            for _ in range(workers):
-                self._fork(worker)
-        except BaseException:  # also Ctrl-C: whoever was forked already must not be left behind
+            self._start(worker, workers)
+        except BaseException:  # also Ctrl-C: whoever was started already must not be left behind
             self.close()
             raise
-        finally:
-            gc.unfreeze()
 
-    def _fork(self, worker: Worker) -> None:
-        ours, theirs = Pipe()
-        # The kernel tells a child that its parent died when the forking *thread* ends, so only the main one counts.
-        lasting = threading.current_thread() is threading.main_thread()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C waits until both sides are ready
-        try:
-            with warnings.catch_warnings():
-                # Python warns of forking beside other threads. Ours are torch's idle pool, which a child on one
-                # thread never wakes.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                pid = os.fork()
-            if pid == 0:
-                try:  # whatever happens, the child never returns into the caller's code
-                    for pipe in (*self._pipes, ours):
-                        pipe.close()
-                    if lasting:
-                        _die_with_parent()
-                    _Child(theirs, worker, self._plans, self._replies, self._slot, self._like).run()
-                finally:
-                    os._exit(1)
-            theirs.close()
-            self._pipes.append(ours)
-            self._pids.append(pid)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def _start(self, worker: Worker, workers: int) -> None:
+        if available():
+
+            def serve(pipe: Connection, worker: Worker) -> NoReturn:
+                _Child(pipe, worker, self._plans, self._replies, self._slot, self._like).run()
+
+            gc.collect()
+            gc.freeze()  # so that the collector does not touch, and thereby copy, the pages the workers share
+            try:
+                for _ in range(workers):
+                    with interrupts_wait():
+                        self._add(*fork(serve, worker, self._pipes))
+            finally:
+                gc.unfreeze()
+            return
+        parcel = packed(worker)
+        for _ in range(workers):  # they start at the same time
+            with interrupts_wait():
+                self._add(*spawn(_serve_spawned, parcel, self._plans, self._replies, self._slot))
+        for pipe, child in zip(self._pipes, self._children, strict=True):
+            try:
+                pipe.recv_bytes()
+            except (EOFError, ConnectionResetError):
+                raise failed_to_start(child.ended()) from None
+
+    def _add(self, pipe: Connection, child: Child) -> None:
+        self._pipes.append(pipe)
+        self._children.append(child)
 
     def replies(
         self, kind: Kind, plan: Plan, jobs: Sequence[Sequence[int]], rows: Mapping[int, Row]
@@ -203,10 +213,7 @@ class _Pool:
         return answer
 
     def _died(self, pipe: Connection, activity: str) -> RunError:
-        pid = self._pids[self._pipes.index(pipe)]
-        _, status = os.waitpid(pid, 0)
-        self._pids[self._pipes.index(pipe)] = 0
-        how = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
+        how = self._children[self._pipes.index(pipe)].ended()
         return RunError(
             f"a worker process ended with {how}{activity}",
             code="E303",
@@ -242,13 +249,9 @@ class _Pool:
     def close(self) -> None:
         for pipe in self._pipes:
             pipe.close()  # a worker ends when its pipe does
-        for pid in self._pids:
-            if pid:
-                try:
-                    os.kill(pid, signal.SIGKILL)  # it may be in the middle of a long step, and has nothing to save
-                    os.waitpid(pid, 0)
-                except (ProcessLookupError, ChildProcessError):
-                    pass  # already gone, or reaped by the embedding program
+        with interrupts_wait():  # who presses Ctrl-C twice leaves no process behind either
+            for child in self._children:
+                child.kill()
 
 
 class _Child:
@@ -341,8 +344,11 @@ def _figures(reply: Reply) -> dict[str, Any]:
     }
 
 
-def _die_with_parent() -> None:
-    """Linux: the kernel ends this process when its parent ends, however that happens."""
-    if sys.platform.startswith("linux"):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _serve_spawned(_: object, pipe: Connection, parcel: Parcel, plans: Arena, replies: Arena, slot: int) -> NoReturn:
+    """Where a spawned process begins."""
+    follow_parent()
+    worker = unpacked(parcel)
+    del parcel
+    like = Row(worker.setup.method.init_client(worker.trainer.snapshot()), {})
+    pipe.send_bytes(b"ready")
+    _Child(pipe, worker, plans, replies, slot, like).run()

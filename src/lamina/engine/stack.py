@@ -61,7 +61,8 @@ class Vmapped:
 
         def loss(weights: Params, x: Batch, y: Batch) -> Tensor:
             args, kwargs = ((), x) if isinstance(x, dict) else ((x,), None)
-            return trainer.loss(functional_call(model, weights | rest, args, kwargs, tie_weights=False), y)
+            with trainer.cast():
+                return trainer.loss(functional_call(model, weights | rest, args, kwargs, tie_weights=False), y)
 
         self._each = vmap(grad_and_value(loss), randomness="error")
 
@@ -193,7 +194,7 @@ def stack_round(
     for members in groups:
         some, begun = [clients[i] for i in members], [starts[i] for i in members]
         done = stack.train(setup, plan, some, begun, setup.method.has("report"))
-        made = _plain(setup, plan, some, done) if _says_nothing(setup, plan) else None
+        made = _plain(setup, plan, some, done) if says_nothing(setup, plan) else None
         if judge is None and made is not None and members == list(range(len(clients))):
             return made
         each = made or _finished(setup, plan, some, begun, done)
@@ -224,7 +225,7 @@ def _finished(setup: Setup, plan: Plan, clients: Sequence[int], starts: Sequence
     return replies
 
 
-def _says_nothing(setup: Setup, plan: Plan) -> bool:
+def says_nothing(setup: Setup, plan: Plan) -> bool:
     """Whether every message is the raw update and no more, and nobody remembers anything: then all have one form."""
     method = setup.method
     silent = not any(method.has(hook) for hook in ("report", "settle", "init_client"))

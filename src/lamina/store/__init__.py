@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lamina.errors import expect
-from lamina.store.clients import MEMORY, ClientStore, Entry, Held, Row, Shelf, Stored, Writer
+from lamina.store.clients import MEMORY, ClientStore, Row, Shelf, Stored, Writer
 from lamina.store.disk import Disk, on_disk
+from lamina.store.entries import Entry, Held
 
 
 def expect_kind(store: object, where: str = "store") -> None:

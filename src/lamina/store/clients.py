@@ -6,9 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from lamina.store.entries import NOTHING, Entries, Entry, Held
 from lamina.tree import Params
-
-Held = dict[str, int]  # what a client holds: "tree/name" -> tag of the value it was last sent
 
 
 class Row(NamedTuple):
@@ -26,14 +25,6 @@ class Stored(NamedTuple):
     accepted: int  # last round accepted from it, -1 for none
 
 
-class Entry(NamedTuple):
-    """The same, with the place of the row on its shelf instead of the row."""
-
-    place: Any  # None: no row
-    held: Held
-    accepted: int
-
-
 class Shelf(Protocol):
     """Holds rows. A place that it gave out stays good for as long as somebody has it."""
 
@@ -44,8 +35,13 @@ class Shelf(Protocol):
     def will_need(self, places: Iterable[Any]) -> None:
         """Read ahead, if that helps."""
 
-    def tidied(self, entries: dict[int, Entry]) -> dict[int, Entry]:
-        """The entries of a new store, some of their rows in better places."""
+    def tally(self, before: Any, gone: Iterable[Any], come: Iterable[Any]) -> Any:
+        """What the shelf wants to know of all rows of a store, from that of the store before (None: of an empty one)
+        and the places that changed."""
+
+    def moved(self, tally: Any, entries: Entries) -> Mapping[int, Entry]:
+        """The entries of a new store of which the rows are now in better places."""
+        ...
 
     def begin(self) -> None:
         """Before round 0 of a new run. Raises StorageError when the shelf is another's."""
@@ -72,8 +68,11 @@ class Memory:
     def will_need(self, places: Iterable[Row]) -> None:
         pass
 
-    def tidied(self, entries: dict[int, Entry]) -> dict[int, Entry]:
-        return entries
+    def tally(self, before: None, gone: Iterable[Row], come: Iterable[Row]) -> None:
+        pass
+
+    def moved(self, tally: None, entries: Entries) -> Mapping[int, Entry]:
+        return {}
 
     def begin(self) -> None:
         pass
@@ -89,7 +88,6 @@ class Memory:
 
 
 MEMORY = Memory()
-_NOTHING = Entry(None, {}, -1)
 
 
 class ClientStore:
@@ -100,17 +98,22 @@ class ClientStore:
 
     def __init__(self, shelf: Shelf = MEMORY, entries: Mapping[int, Entry] | None = None):
         self.shelf = shelf
-        self._entries = dict(entries or {})
+        self._entries = Entries(entries)
+        self._tally = shelf.tally(None, (), _places((entries or {}).values()))
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted(self._entries))
+        return (client for client, _ in self._entries.items())
 
     def entry(self, client: int) -> Entry:
         """What is known of a client, without reading its row."""
-        return self._entries.get(client, _NOTHING)
+        return self._entries[client]
+
+    def entries(self) -> Iterator[tuple[int, Entry]]:
+        """Of all clients, by position."""
+        return self._entries.items()
 
     def get(self, client: int) -> Stored:
         place, held, accepted = self.entry(client)
@@ -136,9 +139,12 @@ class ClientStore:
 
     def told(self, tags: Held) -> ClientStore:
         """Every client here now holds these, too. Tables that clients share stay shared."""
-        tables = {id(entry.held): entry.held | tags for entry in self._entries.values()}
-        entries = {c: entry._replace(held=tables[id(entry.held)]) for c, entry in self._entries.items()}
-        return ClientStore(self.shelf, entries)
+        tables: dict[int, Held] = {}
+        alike: dict[int, Entry] = {}
+        for _, entry in self.entries():
+            table = tables.setdefault(id(entry.held), entry.held | tags)
+            alike.setdefault(id(entry), entry._replace(held=table))
+        return ClientStore(self.shelf, {c: alike[id(entry)] for c, entry in self.entries()})
 
     def on(self, shelf: Shelf) -> ClientStore:
         """The same on another shelf: the rows are copied there one by one."""
@@ -155,8 +161,7 @@ class ClientStore:
         Raises:
             OSError: the disk is full or fails.
         """
-        places = (entry.place for entry in self._entries.values())
-        self.shelf.pin(holder, [place for place in places if place is not None])
+        self.shelf.pin(holder, _places(entry for _, entry in self.entries()))
 
 
 class Writer:
@@ -165,19 +170,51 @@ class Writer:
     def __init__(self, store: ClientStore):
         self._store = store
         self._changed: dict[int, Entry] = {}
+        self._bare: Row | None = None  # a row without tensors: all clients that have such a one have it together
+        self._last = NOTHING
 
     def put(self, client: int, stored: Stored) -> None:
         row, held, accepted = stored
-        place = None if row is None else self._store.shelf.put(client, accepted, row)
-        self._changed[client] = Entry(place, held, accepted)
+        if row is not None and _bare(row):
+            if row != self._bare:
+                self._bare = row
+            row = self._bare
+        self._note(client, None if row is None else self._store.shelf.put(client, accepted, row), held, accepted)
 
     def tell(self, client: int, held: Held) -> None:
         """It was sent these, and its row stays as it was."""
-        self._changed[client] = self._store.entry(client)._replace(held=held)
+        place, _, accepted = self._store.entry(client)
+        self._note(client, place, held, accepted)
+
+    def _note(self, client: int, place: Any, held: Held, accepted: int) -> None:
+        last = self._last
+        if last.place is not place or last.held is not held or last.accepted != accepted:
+            self._last = Entry(place, held, accepted)
+        self._changed[client] = self._last
 
     def done(self) -> ClientStore:
-        entries = {**self._store._entries, **self._changed}
-        return ClientStore(self._store.shelf, self._store.shelf.tidied(entries))
+        made = _with(self._store, self._changed)
+        moved = made.shelf.moved(made._tally, made._entries)
+        return _with(made, moved) if moved else made
+
+
+def _with(store: ClientStore, changed: Mapping[int, Entry]) -> ClientStore:
+    made = ClientStore(store.shelf)
+    made._entries = store._entries.with_(changed)
+    before = _places(map(store.entry, changed))
+    made._tally = store.shelf.tally(store._tally, before, _places(changed.values()))
+    return made
+
+
+def _places(entries: Iterable[Entry]) -> Iterator[Any]:
+    return (entry.place for entry in entries if entry.place is not None)
+
+
+def _bare(value: Any) -> bool:
+    """Whether there is no tensor in it."""
+    if isinstance(value, dict):
+        return all(map(_bare, value.values()))
+    return all(map(_bare, value)) if isinstance(value, tuple) else value is None
 
 
 class _Rows(Mapping[int, Row]):

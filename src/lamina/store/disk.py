@@ -24,7 +24,8 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 
 from lamina.errors import StorageError
-from lamina.store.clients import Entry, Row
+from lamina.store.clients import Row
+from lamina.store.entries import Entries, Entry
 from lamina.store.files import locked, replace, sealed, storing, unsealed
 from lamina.store.form import Form, classes, form_from, form_of, packed, unpacked
 from lamina.store.segment import HEAD, Segment, damaged, named, verify
@@ -217,15 +218,22 @@ class Disk:
                     break
                 segment.will_need(offset, form.size)
 
-    def tidied(self, entries: dict[int, Entry]) -> dict[int, Entry]:
+    def tally(self, before: Counter[Segment] | None, gone: Iterable[Place], come: Iterable[Place]) -> Counter[Segment]:
+        """Bytes of each segment that are needed."""
+        used = Counter(before or {})
+        for place in come:
+            used[place.segment] += HEAD + place.form.size
+        for place in gone:
+            used[place.segment] -= HEAD + place.form.size
+        return +used
+
+    def moved(self, tally: Counter[Segment], entries: Entries) -> dict[int, Entry]:
         """Rows in segments of which more than half is needed no more are moved on, so that the segments can go."""
-        used: Counter[Segment] = Counter()
-        for entry in entries.values():
-            if entry.place is not None:
-                used[entry.place.segment] += HEAD + entry.place.form.size
-        sparse = {segment for segment, n in used.items() if 2 * n < segment.size and segment is not self._open}
-        moved = {c: entry for c, entry in entries.items() if entry.place is not None and entry.place.segment in sparse}
-        return entries | {c: entry._replace(place=self._moved(c, entry)) for c, entry in moved.items()}
+        sparse = {segment for segment, n in tally.items() if 2 * n < segment.size and segment is not self._open}
+        if not sparse:
+            return {}
+        old = {c: entry for c, entry in entries.items() if entry.place is not None and entry.place.segment in sparse}
+        return {c: entry._replace(place=self._moved(c, entry)) for c, entry in old.items()}
 
     def _moved(self, client: int, entry: Entry) -> Place:
         segment, offset, checksum, form = entry.place
