@@ -1,0 +1,34 @@
+"""Clients that are elsewhere: the same federation, methods, codecs and server loop, and only bytes travel.
+
+    server                                                            node: one client, or many
+    Federation --> RemoteEngine --letters--> Post ------------------> Node.answer --> reading.read: Plan
+        ^               |                                               client_round, in this machine's engine
+        '--- Reply <-- message.read <--answers-- Post <---------------- Shelf: what its clients hold now
+
+What carries the bytes is a `Post`; nothing here knows of a network. The numbers of clients follow from all nodes' rolls
+(`Roll`, `register`), and what a client remembers is on its node's shelf.
+
+    sizes = register(rolls)
+    fed = over(Federation(model, ClientData.registry(sizes, test=...), ...), post)      # at the server
+    node = Node(Federation(model, data.among([*sizes]), ...), DiskShelf(...))           # at every node
+
+Many clients at one node cost little more than one: `bundled` has the plan that they are sent once, they are trained
+by the engine of their machine, and with `over(..., together=True)` they send one message.
+
+A server trusts no client's bytes: see `message`. A client believes its server, but takes no plan that is not the one
+the server meant: letters carry a fingerprint, and who reads another plan says so and is sent the whole of it.
+"""
+
+from __future__ import annotations
+
+from lamina.remote.bundle import bundled, unbundled
+from lamina.remote.envelope import Answer, Letter, fingerprint
+from lamina.remote.node import Node
+from lamina.remote.roll import Roll, register
+from lamina.remote.server import Lost, Post, RemoteEngine, over
+from lamina.remote.shelf import DiskShelf, Holding, MemoryShelf, Shelf
+
+__all__ = [
+    "Answer", "DiskShelf", "Holding", "Letter", "Lost", "MemoryShelf", "Node", "Post", "RemoteEngine", "Roll", "Shelf",
+    "bundled", "fingerprint", "over", "register", "unbundled",
+]  # fmt: skip

@@ -1,0 +1,213 @@
+"""What travels around a frame: a letter to a client, its answer, and what says that both know the same plan.
+
+::
+
+    0   4  magic "LML1" (letter), "LMA1" (answer), "LMR1" (roll)   16   H bytes of head: UTF-8 JSON, an object
+    4   4  u32 H, length of the head                                    then a frame (`lamina.wire.frame`), to the end
+    8   8  XXH3-64 of the head, seeded with that of bytes 0..7
+
+Heads belong to the transport: no ledger counts them. Frames are what the ledger counts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from typing import Any, NamedTuple
+
+import torch
+import xxhash
+
+from lamina.errors import WireError
+from lamina.method import Plan
+from lamina.tree import Params
+from lamina.wire import Schema, Spec
+from lamina.wire import frame as frames
+from lamina.wire.container import Buffer, as_view, checksum
+
+_FRONT = struct.Struct("<4sI")
+_START = _FRONT.size + 8
+HEAD_MOST = 1 << 24  # bytes of a head
+
+
+def seal(magic: bytes, head: dict[str, Any], *body: Buffer) -> bytes:
+    text = json.dumps(head, separators=(",", ":")).encode()
+    front = _FRONT.pack(magic, len(text))
+    return b"".join([front, checksum(front, [text]).to_bytes(8, "little"), text, *body])
+
+
+def unseal(magic: bytes, blob: Buffer, max_bytes: int | None = None) -> tuple[dict[str, Any], memoryview]:
+    """Head and frame, which is not copied. Raises WireError (E340, E341, E343, E345) and nothing else."""
+    view = as_view(blob, max_bytes)
+    if len(view) < _START:
+        raise WireError(f"{len(view)} bytes, expected at least {_START}", code="E340")
+    found, size = _FRONT.unpack_from(view)
+    if found != magic:
+        raise WireError(f"magic {found.hex()}, expected {magic.hex()}", code="E341")
+    if size > min(HEAD_MOST, len(view) - _START):
+        raise WireError(f"a head of {size} bytes in {len(view)}", code="E340")
+    text = view[_START : _START + size]
+    if int.from_bytes(view[_FRONT.size : _START], "little") != checksum(bytes(view[: _FRONT.size]), [text]):
+        raise WireError("checksum of the head does not match", code="E343")
+    try:
+        head = json.loads(bytes(text))
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the head is not JSON: {error}", code="E345") from None
+    if not isinstance(head, dict):
+        raise WireError("the head is no object", code="E345")
+    return head, view[_START + size :]
+
+
+def sections_at(blob: Buffer) -> int:
+    """Where the sections of the frame in a letter or an answer begin; at its end where there is none."""
+    try:
+        start = _START + _FRONT.unpack_from(blob)[1]
+        _, _, head = frames.FRONT.unpack_from(blob, start)
+    except struct.error:
+        return len(blob)
+    cut: int = min(start + frames.FRONT.size + 8 + head, len(blob))
+    return cut
+
+
+class Letter(NamedTuple):
+    """To one client: a plan, and what of its form the client cannot know.
+
+    Args:
+        kind: "round" or "probe".
+        fingerprint: of the plan as every client must read it.
+        mask: the parameters that have a mask, in the mask's order.
+        shared: tree -> schema, of all further trees of the plan, also those that the client holds already.
+        together: its node may answer for several clients in one message.
+        frame: the plan.
+    """
+
+    kind: str
+    client: int
+    round: int
+    fingerprint: str
+    mask: tuple[str, ...]
+    shared: dict[str, Schema]
+    together: bool
+    frame: Buffer
+
+    def packed(self) -> bytes:
+        head: dict[str, Any] = {
+            "kind": self.kind,
+            "client": self.client,
+            "round": self.round,
+            "plan": self.fingerprint,
+        }
+        if self.together:
+            head["together"] = True
+        if self.mask:
+            head["mask"] = self.mask
+        if self.shared:
+            head["shared"] = {
+                tree: {name: [str(spec.dtype).removeprefix("torch."), *spec.shape] for name, spec in schema.items()}
+                for tree, schema in self.shared.items()
+            }
+        return seal(b"LML1", head, self.frame)
+
+    @classmethod
+    def unpacked(cls, blob: Buffer) -> Letter:
+        """Raises WireError and nothing else."""
+        head, frame = unseal(b"LML1", blob)
+        try:
+            shared = {
+                str(tree): {str(name): _spec(form) for name, form in schema.items()}
+                for tree, schema in head.get("shared", {}).items()
+            }
+            return cls(
+                str(head["kind"]),
+                int(head["client"]),
+                int(head["round"]),
+                str(head["plan"]),
+                tuple(map(str, head.get("mask", ()))),
+                shared,
+                head.get("together") is True,
+                frame,
+            )
+        except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+            raise WireError(f"the head is not that of a letter: {error!r}", code="E345") from None
+
+
+class Member(NamedTuple):
+    """Of a message for several clients."""
+
+    client: int
+    steps: int
+    loss: float
+
+
+def _is_member(x: Any) -> bool:
+    formed = isinstance(x, list) and [type(part) for part in x] == [int, int, float]
+    return bool(formed and x[0] >= 0 and x[1] >= 1 and math.isfinite(x[2]))
+
+
+class Answer(NamedTuple):
+    """From one client.
+
+    Args:
+        said: "message"; "plan": it cannot read the plan with what it holds; "row": it does not have the state that it
+            had after the round that the plan names as accepted; "failed": it cannot answer.
+        plan: the letter's fingerprint; "" when no letter could be read.
+        why: for "message" the reason why the client itself refuses it ("" for none), else what is the matter.
+        frame: the message; empty but for "message".
+        members: of a message for several clients, this one first; their local steps and losses.
+    """
+
+    said: str
+    client: int
+    plan: str
+    why: str = ""
+    frame: Buffer = b""
+    members: tuple[Member, ...] = ()
+
+    def packed(self) -> bytes:
+        head: dict[str, Any] = {"said": self.said, "client": self.client, "plan": self.plan, "why": self.why}
+        if self.members:
+            head["members"] = self.members
+        return seal(b"LMA1", head, self.frame)
+
+    @classmethod
+    def unpacked(cls, blob: Buffer, max_bytes: int | None = None) -> Answer:
+        """Raises WireError and nothing else; E340 for more than `max_bytes`, before anything in it is looked at."""
+        head, frame = unseal(b"LMA1", blob, max_bytes)
+        said, client, plan, why = (head.get(key) for key in ("said", "client", "plan", "why"))
+        known = said in ("message", "plan", "row", "failed") and isinstance(plan, str) and isinstance(why, str)
+        if not known or type(client) is not int:
+            raise WireError("the head is not that of an answer", code="E345")
+        members = head.get("members", [])
+        if not isinstance(members, list) or not all(map(_is_member, members)):
+            raise WireError("the head is not that of an answer", code="E345")
+        return cls(str(said), client, str(plan), str(why)[:LONGEST_REASON], frame, tuple(Member(*m) for m in members))
+
+
+LONGEST_REASON = 500  # characters
+
+
+def fingerprint(plan: Plan) -> str:
+    """128-bit hash of all that a client reads of a plan: numbers, what is asked for, and every bit of every tree."""
+    numbers = {"lr": plan.lr, "participation": plan.participation, "in_sync": plan.in_sync, **plan.config}
+    said = [plan.round, sorted(plan.upload), {name: float(x) for name, x in numbers.items()}]
+    digest = xxhash.xxh3_128(json.dumps(said).encode())
+    trees = {"params": plan.params, "buffers": plan.buffers, "mask": plan.mask or {}}
+    for tree, content in (trees | {f"shared/{name}": x for name, x in plan.shared.items()}).items():
+        digest.update(f"{tree}:{len(content)};".encode())
+        add_to(digest, content)
+    return str(digest.hexdigest())
+
+
+def add_to(digest: Any, tree: Params) -> None:
+    for name, x in tree.items():
+        digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
+        if x.numel():
+            digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _spec(form: list[Any]) -> Spec:
+    dtype = getattr(torch, form[0])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{form[0]} is no dtype")
+    return Spec(tuple(map(int, form[1:])), dtype)

@@ -1,0 +1,171 @@
+"""A node: the clients whose data is here, answering letters. It trains them with this machine's engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from lamina.client import Reply
+from lamina.engine.base import Engine, Keep
+from lamina.errors import LaminaError, StorageError, WireError, expect, is_whole
+from lamina.federation import Federation
+from lamina.method import Plan
+from lamina.remote import message, reading
+from lamina.remote.envelope import Answer, Letter
+from lamina.remote.message import why
+from lamina.remote.shelf import Holding, MemoryShelf, Shelf
+from lamina.store import Row
+
+
+class _Key(NamedTuple):
+    """What letters that are answered at the same time have in common."""
+
+    kind: str
+    plan: str  # its fingerprint
+    together: bool
+
+
+class _Asked(NamedTuple):
+    """One client of a batch."""
+
+    client: int
+    accepted: int  # round
+    holding: Holding | None
+
+    @property
+    def row(self) -> Row | None:
+        """What it goes on from."""
+        return None if self.accepted < 0 or self.holding is None else self.holding.rows[self.accepted]
+
+
+class Node:
+    """Answers letters.
+
+    Args:
+        fed: of `data.among(names)`; its engine trains, its store is not used. All else must be as it is at the server.
+        shelf: where clients' holdings are.
+        back: rounds over which a server that was stopped may go back without that its clients lose their states, >= 1:
+            as many rounds as it makes between two checkpoints.
+    """
+
+    def __init__(self, fed: Federation, shelf: Shelf | None = None, back: int = 1):
+        expect(is_whole(back, 1), f"back={back}: expected a whole number of rounds >= 1", where="back")
+        self.shelf: Shelf = MemoryShelf() if shelf is None else shelf
+        self.clients = frozenset(fed.data.here)
+        self._fed = fed
+        self._form = reading.Form.of(fed)
+        self._back = back
+        self._engine: Engine | None = None
+
+    def __enter__(self) -> Node:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its worker processes. It may be used again."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def answer(self, letters: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        """(client, answer) for each (client, letter); those that cannot be read are answered first. What an answered
+        client now holds is on the shelf before its answer is given out."""
+        plans: dict[_Key, Plan] = {}  # the same for many clients, so it is read once
+        asked: dict[_Key, list[_Asked]] = {}
+        for client, blob in letters:
+            try:
+                letter = Letter.unpacked(blob)
+            except WireError as error:
+                yield client, Answer("failed", client, "", why(error)).packed()
+                continue
+            refusal = None
+            try:
+                key = _Key(letter.kind, letter.fingerprint, letter.together)
+                one, plan = self._read(letter, client, plans.get(key))
+                plans[key] = plan
+                batch = asked.setdefault(key, [])
+                batch.extend([one] if all(one.client != other.client for other in batch) else [])  # it came twice
+            except _Unread as unread:
+                refusal = Answer(unread.said, client, letter.fingerprint, unread.why)
+            if refusal is not None:
+                yield client, refusal.packed()
+        for key, batch in asked.items():
+            answers = self._answers(key, plans[key], batch)
+            for answer in self._gathered(plans[key], answers) if key.together else answers:
+                yield answer.client, answer._replace(plan=key.plan).packed()
+
+    def _read(self, letter: Letter, client: int, plan: Plan | None) -> tuple[_Asked, Plan]:
+        """Raises _Unread."""
+        if client not in self.clients or letter.client != client:
+            raise _Unread("failed", f"client {letter.client} is not at this node")
+        if letter.kind not in ("round", "probe"):
+            raise _Unread("failed", f"kind {letter.kind!r}: expected round or probe")
+        holding, damage = None, ""
+        try:
+            holding = self.shelf.get(client)
+        except StorageError as error:
+            damage = why(error)
+        try:
+            arrived = reading.opened(letter)
+            accepted = int(arrived.scalars["accepted"])
+        except (WireError, KeyError, ValueError, OverflowError) as error:
+            raise _Unread("failed", why(error)) from None
+        if accepted >= 0 and (holding is None or accepted not in holding.rows):
+            lacks = damage or f"its state after round {accepted} is not here"
+            raise _Unread("row", lacks)
+        if plan is None:
+            try:
+                plan = reading.read(self._form, letter, arrived, holding)
+            except WireError as error:
+                raise _Unread("plan", damage or why(error)) from None
+        return _Asked(client, accepted, holding), plan
+
+    def _answers(self, key: _Key, plan: Plan, batch: list[_Asked]) -> Iterator[Answer]:
+        left = {one.client: one for one in batch}
+        rows = {one.client: one.row for one in batch if one.row is not None}
+        if self._engine is None:
+            self._engine = self._fed.made_engine(Keep())
+        replies = self._engine.replies("probe" if key.kind == "probe" else "round", plan, list(left), rows)
+        try:
+            for reply in replies:
+                one = left[reply.client]
+                blob = reply.message["frame"]["frame"].numpy().tobytes()
+                self._keep(one, key.plan, plan, reply)
+                del left[reply.client]
+                yield Answer("message", one.client, key.plan, reply.refused or "", blob)
+        except LaminaError as error:
+            self.close()
+            for client in left:
+                yield Answer("failed", client, key.plan, why(error))
+
+    def _gathered(self, plan: Plan, answers: Iterator[Answer]) -> Iterator[Answer]:
+        """The messages that can be taken together, as one; all other answers as they are."""
+        expected = message.Expected.of(self._fed.setup, "round", plan)
+        singles: list[Answer] = []
+        parts: list[tuple[Reply, float]] = []
+        for answer in answers:
+            reply = message.read(self._fed.setup, plan, expected, answer) if answer.said == "message" else None
+            if reply is None or reply.refused is not None:
+                yield answer
+                continue
+            singles.append(answer)
+            size = float(self._fed.data.sizes[answer.client])
+            parts.append((reply, size if self._fed.weights == "examples" else 1.0))
+        one = message.together(self._fed.setup, plan, parts) if len(parts) > 1 else None
+        yield from singles if one is None else [one]
+
+    def _keep(self, one: _Asked, name: str, plan: Plan, reply: Reply) -> None:
+        before = one.holding or Holding("", {}, {})
+        older = {round: row for round, row in before.rows.items() if round <= one.accepted}
+        fresh = {} if reply.row is None or reply.refused is not None else {plan.round: reply.row}
+        kept = dict([*fresh.items(), *older.items()][: len(fresh) + self._back])
+        self.shelf.put(one.client, Holding(name, reading.trees_of(plan), kept, before.puts + 1))
+
+
+class _Unread(Exception):
+    def __init__(self, said: str, why: str):
+        super().__init__(why)
+        self.said = said
+        self.why = why
