@@ -70,7 +70,14 @@ ARGUMENTS: dict[Any, str] = {
 }
 
 DEFAULTS: dict[Any, dict[str, Any]] = {
-    lamina.LocalSGD: {"lr": 0.1, "momentum": 0.0, "weight_decay": 0.0, "batch_size": 32, "epochs": 1, "precision": "fp32"},
+    lamina.LocalSGD: {
+        "lr": 0.1,
+        "momentum": 0.0,
+        "weight_decay": 0.0,
+        "batch_size": 32,
+        "epochs": 1,
+        "precision": "fp32",
+    },
     lamina.FedProx: {"mu": 0.01},
     lamina.FedAvgM: {"lr": 1.0, "momentum": 0.9},
     lamina.FedAdagrad: {"lr": 1e-2, "eps": 1e-3},
