@@ -100,7 +100,7 @@ def choose(positions: Indices, extent: Extent) -> Section:
     if worth_squeezing(n, k, best.size):
         if DENSEST * k <= n:
             others.append(Section.of(GAPS, write_gaps(positions)))
-        if SPARSEST * k > n:
+        if SPARSEST * k > n or (k <= FEW and SPARSEST_OF_FEW * k > n):
             others.append(Section.of(SQUEEZED, write_squeezed(positions, n)))
     if n <= enumerated.LONGEST:
         slowest = enumerate_sets(positions, n)
@@ -132,7 +132,8 @@ def candidates(positions: Indices, extent: Extent) -> list[Section]:
 
 DENSEST = 4  # above a share of 1/4 gaps take twice the bytes of the bitmap before either is squeezed
 FEW = 1 << 12  # positions that zstd goes through in no time
-SPARSEST = 1 << 10  # below this share a bitmap takes longer to go through than the gaps, and squeezes no better
+SPARSEST = 1 << 6  # below this share a bitmap takes longer to go through than the gaps, and squeezes no better ...
+SPARSEST_OF_FEW = 1 << 10  # ... but for few positions in runs
 
 
 def worth_squeezing(n: int, k: int, size: int) -> bool:
