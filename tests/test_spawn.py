@@ -367,3 +367,18 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_only_files_that_could_be_loaded_are_loaded_again(tmp_path: Path) -> None:
+    """What another run named and could not be used, or is gone, is not handed to workers."""
+    wrong, gone, fine = (tmp_path / name for name in ("wrong.py", "gone.py", "fine.py"))
+    wrong.write_text("x = = 1\n")
+    for path in (gone, fine):
+        path.write_text("x = 1\n")
+        assert entry.thing(f"{path}:x", "loss") == 1
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        entry.thing(f"{wrong}:x", "loss")
+    gone.unlink()
+    known = entry.loaded()
+    assert str(fine) in known
+    assert not {str(wrong), str(gone)} & {*known}

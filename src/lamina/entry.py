@@ -51,8 +51,9 @@ def thing(entry: str, where: str) -> Any:
 
 
 def loaded() -> list[str]:
-    """The files that things have been taken from."""
-    return [str(module.__file__) for name, module in [*sys.modules.items()] if name.startswith(_PREFIX)]
+    """The files that things have been taken from, and that are still there."""
+    files = [str(module.__file__) for name, module in [*sys.modules.items()] if name.startswith(_PREFIX)]
+    return [file for file in files if Path(file).is_file()]
 
 
 def load(files: list[str]) -> None:
@@ -81,9 +82,10 @@ def _module(path: Path, changed: int, where: str) -> types.ModuleType:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except LaminaError:
-        raise
-    except Exception as error:
+    except BaseException as error:
+        del sys.modules[name]
+        if isinstance(error, LaminaError) or not isinstance(error, Exception):
+            raise
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else 1
         raise ConfigError(
