@@ -5,11 +5,12 @@ Models and data are as small as they can be and still hold every kind of tensor:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -183,6 +184,13 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of Federation: what a method needs, or
 }
 
 LOSSLESS = wire.Dense("lossless")  # as a downlink: distances to what a client holds
+
+
+def the_rest_slowly(names: Iterable[str], quick: Container[str]) -> list[Any]:
+    """These names as parameters of a test, marked slow but for some."""
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 SENT_LOSSLESS = ("fedavg", "fedlama, scaffold", "ssfl, fedlama", "feddst", "personal")  # where laws try it
 
 # ---- models

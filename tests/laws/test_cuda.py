@@ -43,7 +43,7 @@ def same(fed: Federation, other: Federation, rounds: int = cases.ROUNDS, atol: f
 ON_ODD = {"personal", "personal, fedlama"}  # named layers that only that model has
 
 
-@pytest.mark.parametrize("name", sorted(set(cases.ALL) - ON_ODD))
+@pytest.mark.parametrize("name", cases.the_rest_slowly(sorted(set(cases.ALL) - ON_ODD), cases.METHODS))
 def test_cuda_agrees_with_loop_to_rounding(name: str) -> None:
     """Three clients a round on two replicas: the third one waits for the first."""
     same(cases.case(name, model="double", engine="cuda", workers=2), cases.case(name, model="double"))

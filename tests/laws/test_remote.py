@@ -42,6 +42,8 @@ def test_a_network_changes_nothing(name: str) -> None:
     agree(lambda **options: cases.case(name, **options), ALONE if "stc" in name else TWO, 4)
 
 
-@pytest.mark.parametrize("name", [name for name in cases.ALL if "stc" not in name])
+@pytest.mark.parametrize(
+    "name", cases.the_rest_slowly([name for name in cases.ALL if "stc" not in name], cases.SENT_LOSSLESS)
+)
 def test_a_network_changes_nothing_where_distances_go_down(name: str) -> None:
     agree(lambda **options: cases.case(name, downlink=cases.LOSSLESS, **options), ALONE, 4)
