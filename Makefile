@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test lint types unit test-slow test-network nightly fuzz bench clean
+.PHONY: demo test lint types unit test-slow test-network test-flower nightly fuzz bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lamina demo $(DEMO)
@@ -26,6 +26,11 @@ test-slow: $(VENV)/.dev
 test-network: $(VENV)/.dev
 	$(BIN)/python -m pytest -m network
 
+# Flower's own programs, on the loopback; its short form: make test-flower FLOWER="flower and not slow"
+FLOWER ?= flower
+test-flower: $(VENV)/.flower
+	$(BIN)/python -m pytest tests/flower -rs -m "$(FLOWER)"
+
 nightly: $(VENV)/.dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/wire/test_wire_round_trips.py -n 2
 
@@ -46,6 +51,10 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 	$(PIP) -e '.[demo,dev]'
+	touch $@
+
+$(VENV)/.flower: $(VENV)/.dev
+	$(PIP) -e '.[flower]'
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

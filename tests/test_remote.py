@@ -748,6 +748,14 @@ def test_a_run_over_a_network_has_a_folder_and_is_resumed(tmp_path: Path) -> Non
     assert run.info["engine"] == "remote"
 
 
+def test_a_lost_answer_is_told_while_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fed, streets = connected(maker("fedavg", cohort="all"), HOMES)
+    Weather(streets, 2, 1, lost)
+    run = fed.fit(2, tmp_path / "run", progress=False)
+    assert run.info["status"] == "done"
+    assert "round 1: client cyd: its node is away: no answer" in capsys.readouterr().err
+
+
 # ---- one node, many clients
 
 

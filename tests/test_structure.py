@@ -27,7 +27,7 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("folder",),
     ("terminal",),
     ("runs",),
-    ("demo", "recipes", "verify"),
+    ("demo", "recipes", "verify", "flower"),
     ("reproduce",),
     ("cli",),
     ("__init__", "__main__"),

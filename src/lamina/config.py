@@ -548,20 +548,25 @@ def _listing(section: str) -> str:
 # ---- building
 
 
-def build(config: Config, progress: Callable[[str, str, int, int], None] | None = None) -> Federation:
+def build(
+    config: Config,
+    progress: Callable[[str, str, int, int], None] | None = None,
+    data: ClientData | None = None,
+) -> Federation:
     """The federation of this config; its data is fetched if need be.
 
     Args:
         progress: called while data is fetched, as (name, stage, done, total).
+        data: instead of the config's, where clients are elsewhere.
 
     Raises:
         LaminaError: what is impossible, with the origin of the key.
     """
-    data = data_of(config, progress)
+    held = data_of(config, progress) if data is None else data
     try:
         return Federation(
             model_of(config),
-            data,
+            held,
             method=method_of(config),
             uplink=_codec(config, "uplink"),
             downlink=_codec(config, "downlink"),

@@ -522,7 +522,8 @@ def _drive(fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher)
 
 
 def _told(event: Mapping[str, str], record: RoundRecord) -> str:
-    return f"round {record.round}: client {event['client']}: {event['layer']} has {event['message']}  {event['code']}"
+    what = f"{event['layer']} has {event['message']}" if "layer" in event else f"{event['why']}: {event['message']}"
+    return f"round {record.round}: client {event['client']}: {what}  {event['code']}"
 
 
 class _Interrupts:

@@ -287,7 +287,7 @@ def closing(run: Run, width: int | None) -> list[str]:
         pairs.append(("bytes", f"up {info['bytes_up']:,} · down {info['bytes_down']:,} · {against}"))
         refused = sum(row.refused for row in run.records)
         if refused:
-            pairs.append(("faults", f"{refused} updates refused (E310): events.jsonl"))
+            pairs.append(("faults", f"{refused} updates not used: events.jsonl"))
     return fields([*pairs, ("saved", str(run.path))], width)
 
 

@@ -1,0 +1,430 @@
+"""Server and nodes through Flower's messages, in one process: Flower's own programs are in test_flower_processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr", reason="needs the extra lamina[flower]")
+pytest.importorskip("sklearn")
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from grid import FakeGrid, Node
+
+from lamina import ConfigError, RunError, StorageError, WireError, config, runs
+from lamina.flower import client_app, mod, post, project
+from lamina.flower import server as serving
+from lamina.flower.records import STYPE, framing, packed, unpacked
+from lamina.flower.settings import RunKeys
+from lamina.remote import Roll
+from lamina.runs import Run
+from lamina.wire import frame
+
+EXPERIMENT = [
+    "rounds=3", "data.clients=5", "cohort=4", "model.widths=[64,8,10]", "local.epochs=1", "engine=loop",
+]  # fmt: skip
+
+
+def app(folder: Path, *keys: str) -> Path:
+    """A written app's config."""
+    return project.write(config.load("quickstart", [*EXPERIMENT, *keys], env={}), folder / "app")[-1]
+
+
+def joined(path: Path, folder: Path, nodes: int = 2) -> FakeGrid:
+    grid = FakeGrid()
+    for i in range(nodes):
+        grid.join(100 - i, client_app(path), folder / f"state-{i}", **{"partition-id": i, "num-partitions": nodes})
+    return grid
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(post, "POLL_S", 0.001)
+
+
+def served(path: Path, grid: FakeGrid, folder: Path, **keys: Any) -> Run:
+    with serving.Report("") as report:
+        return serving.serve(path, RunKeys(run_dir=str(folder / "runs"), **keys), grid, report)
+
+
+def simulated(path: Path) -> Run:
+    loaded = config.load(path, env={})
+    return runs.fit(config.build(loaded), loaded.rounds, path.parent.parent / "local", config=loaded, progress=False)
+
+
+CONFIGS = {
+    "fedavg": ["method=fedavg"],
+    "errorfeedback": ["method=errorfeedback", "uplink=topk:0.05"],
+    "ssfl, fedlama": ["method=[ssfl,fedlama]", "method.1.phi=2", "uplink=int8", "downlink=lossless"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.filterwarnings("ignore:rounds=3 is no multiple")
+def test_model_and_ledger_are_those_of_the_simulator(name: str, tmp_path: Path) -> None:
+    path = app(tmp_path, *CONFIGS[name], "run.keep_clients_log=true")
+    local = simulated(path)
+    grid = joined(path, tmp_path)
+    remote = served(path, grid, tmp_path)
+    assert remote.info["final_sha256"] == local.info["final_sha256"]
+    for log in ("bytes.jsonl", "clients.jsonl", "layers.jsonl"):
+        assert (remote.path / log).read_text() == (local.path / log).read_text()
+    trains = [node for node, kind in grid.pushed if kind == "train"]
+    assert len(trains) <= 2 * (3 + ("ssfl" in name))  # a message a node and round, and one for the probe
+    assert grid.nodes[100].context.state["lamina"]["answered"] == trains.count(100)
+    rows = [json.loads(line) for line in (remote.path / "flower.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    assert sum(row["messages"] for row in rows) == len(trains)
+    assert all(0 < row["framing_down"] < 400 * row["messages"] for row in rows)
+    assert all(0 < row["framing_up"] < 200 * row["messages"] for row in rows)
+
+
+def test_a_node_sends_its_clients_together(tmp_path: Path) -> None:
+    path = app(tmp_path, "run.keep_clients_log=true", "cohort=all")
+    local = simulated(path)
+    remote = served(path, joined(path, tmp_path), tmp_path, together=True)
+    for name, x in remote.state.params.items():
+        torch.testing.assert_close(x, local.state.params[name], rtol=0, atol=1e-5)
+    assert remote.info["bytes_up"] < local.info["bytes_up"] / 2
+
+
+def test_a_message_is_one_array_and_a_few_words(tmp_path: Path) -> None:
+    path = app(tmp_path)
+    grid = joined(path, tmp_path)
+    seen: list[Message] = []
+    grid.happens = lambda node, message, reply: seen.extend([message, reply]) or reply
+    served(path, grid, tmp_path, rounds=1)
+    for message in seen:
+        (record,) = message.content.array_records.values()
+        (array,) = record.values()
+        assert array.stype == STYPE
+        assert len(array.data) == array.shape[0]
+        assert len(message.content.config_records) <= 1
+        blob, _ = unpacked(message.content)
+        assert framing(message.content) == sum(r.count_bytes() for r in message.content.values()) - len(blob) + sum(
+            map(len, message.content)
+        )
+
+
+def events(folder: Path) -> list[tuple[int, str, str, str]]:
+    (log,) = (folder / "runs").glob("*/*/events.jsonl")
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    return [(row["round"], row["client"], row["code"], row["why"]) for row in rows if row["event"] == "refused"]
+
+
+class Weather:
+    """Does something to what one node sends in one of its training messages."""
+
+    def __init__(self, grid: FakeGrid, node: int, at: int, change: Callable[[Message], Message | None]):
+        self._node, self._at, self._change = node, at, change
+        self._count = -1
+        grid.happens = self
+
+    def __call__(self, node: int, message: Message, reply: Message) -> Message | None:
+        if node != self._node or message.metadata.message_type != "train":
+            return reply
+        self._count += 1
+        return self._change(reply) if self._count == self._at else reply
+
+
+def said(change: Callable[[bytes], bytes]) -> Callable[[Message], Message]:
+    def changed(reply: Message) -> Message:
+        reply.content = packed(change(unpacked(reply.content)[0]))
+        return reply
+
+    return changed
+
+
+def failed(reply: Message) -> Message:
+    reply.__dict__["_content"] = None
+    reply.error = Error(2, "<class 'MemoryError'>:<''>")
+    return reply
+
+
+def nothing_of_ours(reply: Message) -> Message:
+    reply.content = RecordDict({"arrays": ArrayRecord()})
+    return reply
+
+
+LOST: dict[str, tuple[Callable[[Message], Message | None], str]] = {
+    "an error of its app": (failed, "its node says: <class 'MemoryError'>"),
+    "too long": (said(lambda blob: blob + bytes(1 << 20)), "is refused: E340 "),
+    "cut off": (said(lambda blob: blob[:-1]), "is refused: E340 "),
+    "another message": (nothing_of_ours, "is refused: E345 a message with ['arrays']"),
+    "nothing at all": (lambda reply: None, "no answer within 0.3 s"),
+}
+
+
+@pytest.mark.parametrize("what", LOST)
+def test_what_does_not_come_right_is_lost_and_the_run_goes_on(what: str, tmp_path: Path) -> None:
+    change, why = LOST[what]
+    path = app(tmp_path, "method=errorfeedback", "uplink=topk:0.05", "cohort=all", "faults.reply_deadline_s=0.3")
+    grid = joined(path, tmp_path)
+    Weather(grid, 100, 1, change)
+    served(path, grid, tmp_path)
+    lost = events(tmp_path)
+    assert [(t, name, code) for t, name, code, _ in lost] == [(1, "0", "E311"), (1, "1", "E311")]
+    assert all(why in said for *_, said in lost)
+
+
+def test_what_is_too_long_is_refused_before_it_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    unpack = frame.unpack
+    monkeypatch.setattr(frame, "unpack", lambda blob, **how: looked.append(len(blob)) or unpack(blob, **how))
+    path = app(tmp_path)
+    grid = joined(path, tmp_path)
+    Weather(grid, 100, 1, said(lambda blob: bytes(1 << 20)))
+    served(path, grid, tmp_path)
+    assert "1048576 bytes" in events(tmp_path)[0][3]
+    assert max(looked) < 1 << 20
+
+
+def test_a_node_that_comes_back_under_another_name_goes_on_from_its_disk(tmp_path: Path) -> None:
+    """Flower names a SuperNode without a key anew. Node 100 answers round 0, and as 777 all others."""
+    path = app(tmp_path, "method=errorfeedback", "uplink=topk:0.05", "cohort=all")
+    local = simulated(path)
+    grid = joined(path, tmp_path)
+
+    def renamed(reply: Message) -> Message:
+        grid.nodes[777] = grid.nodes.pop(100)
+        grid.nodes[777].context.state = RecordDict()  # what Flower kept for it is gone
+        return reply
+
+    Weather(grid, 100, 0, renamed)
+    remote = served(path, grid, tmp_path)
+    assert not events(tmp_path)
+    assert remote.info["final_sha256"] == local.info["final_sha256"]
+    assert [kind for node, kind in grid.pushed if node == 777] == ["query", "train", "train"]
+
+
+def test_a_node_that_is_not_connected_is_not_waited_for(tmp_path: Path) -> None:
+    path = app(tmp_path, "cohort=all")
+    grid = joined(path, tmp_path)
+    gone: list[Any] = []
+    Weather(grid, 100, 0, lambda reply: gone.append(grid.nodes.pop(100)) or reply)
+    served(path, grid, tmp_path)
+    assert {(t, why) for t, _, _, why in events(tmp_path)} == {(t, "its node is not connected") for t in (1, 2)}
+
+
+def test_an_answer_to_an_earlier_message_is_not_taken_for_one_to_this(tmp_path: Path) -> None:
+    """The message of round 0 to node 100 fails at last, when that of round 1 is under way."""
+    path = app(tmp_path, "cohort=all", "faults.reply_deadline_s=0.3")
+    grid = joined(path, tmp_path)
+    late: list[Message] = []
+    pull = grid.pull_messages
+    Weather(grid, 100, 0, lambda reply: late.append(failed(reply)))  # type: ignore[func-returns-value]
+
+    def pulled(ids: Iterable[str]) -> list[Message]:
+        found = pull(ids)
+        return found + [late.pop() for _ in range(len(late)) if found]
+
+    grid.pull_messages = pulled  # type: ignore[method-assign]
+    served(path, grid, tmp_path)
+    assert {t for t, *_ in events(tmp_path)} == {0}
+
+
+# ---- who is there
+
+
+def test_a_node_with_another_lamina_is_refused_with_both_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = app(tmp_path)
+    monkeypatch.setattr(Roll, "of", lambda data, of=Roll.of: of(data)._replace(lamina="9.9"))
+    with pytest.raises(ConfigError, match=r"a node runs lamina 9\.9, the server \d") as caught:
+        served(path, joined(path, tmp_path), tmp_path)
+    assert caught.value.code == "E118"
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_clients_are_waited_for_and_then_named(tmp_path: Path) -> None:
+    path = app(tmp_path)
+    with pytest.raises(ConfigError, match=r"2 of 2 nodes, 5 of 6 clients are there after 0\.1 s"):
+        served(path, joined(path, tmp_path), tmp_path, clients=6, nodes=2, wait_s=0.1)
+
+
+def test_a_node_that_cannot_say_what_it_has_fails_the_run(tmp_path: Path) -> None:
+    path = app(tmp_path)
+    grid = joined(path, tmp_path)
+    grid.nodes[99].context.node_config["clients"] = "3-4"
+    with pytest.raises(RunError, match=r"node 99 cannot say which clients it has: .*expected one of them") as caught:
+        served(path, grid, tmp_path)
+    assert caught.value.code == "E315"
+
+
+def test_a_node_has_data_of_its_own(tmp_path: Path) -> None:
+    """The path is the node's; the server has none, so nothing is tested."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import lamina, torch\n"
+        "def data(names: str = 'server'):\n"
+        "    make = lambda i: (torch.ones(6 + i, 64) * i, torch.arange(6 + i) % 10)\n"
+        "    return lamina.ClientData.from_clients({name: make(i) for i, name in enumerate(names.split('+'))})\n"
+    )
+    keys = [
+        "rounds=2",
+        "cohort=all",
+        "model.name=mlp",
+        "model.widths=[64,8,10]",
+        "local.epochs=1",
+        "engine=loop",
+        f"data={own}:data",
+    ]
+    made = tmp_path / "made"
+    path = project.write(config.load("quickstart", keys, env={}), made)[4]
+    assert path.name == "lamina.toml"
+    assert (made / "own.py").read_text() == own.read_text()
+    assert str(tmp_path) not in path.read_text()
+    grid = FakeGrid()
+    for i, names in enumerate(("ann+bob", "cyd")):
+        grid.join(i, client_app(path), tmp_path / f"state-{i}", **{"data.names": names})
+    with pytest.warns(UserWarning, match="no example here"):
+        run = served(path, grid, tmp_path, evaluate=False, clients=3)
+    assert run.info["clients"] == 3
+    assert run.final is None
+    split = json.loads((run.path / "split.json").read_text())
+    assert [c["client"] for c in split["clients"]] == ["ann", "bob", "cyd"]
+
+
+# ---- servers that stop
+
+
+def test_a_run_is_resumed_as_if_it_had_never_stopped(tmp_path: Path) -> None:
+    path = app(tmp_path, "method=[scaffold,fedlama]", "method.1.phi=2", "rounds=4", "local.momentum=0")
+    local = simulated(path)
+    grid = joined(path, tmp_path)
+
+    def killed(reply: Message) -> Message:
+        raise OSError("the machine is gone")
+
+    Weather(grid, 100, 2, killed)
+    with pytest.raises(OSError, match="gone"):
+        served(path, grid, tmp_path)
+    grid = joined(path, tmp_path)
+    (folder,) = (tmp_path / "runs").glob("*/0*")
+    run = served(path, grid, tmp_path, resume=str(folder.relative_to(tmp_path / "runs")))
+    assert run.path == folder
+    assert run.info["final_sha256"] == local.info["final_sha256"]
+    assert (folder / "bytes.jsonl").read_text() == (local.path / "bytes.jsonl").read_text()
+    assert not events(tmp_path)
+    rows = [json.loads(line)["round"] for line in (folder / "flower.jsonl").read_text().splitlines()]
+    assert rows == [0, 1, 2, 3]
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    path = app(tmp_path, "rounds=1")
+    run = served(path, joined(path, tmp_path), tmp_path)
+    path.write_text(path.read_text().replace("lr = 0.1", "lr = 0.2"))
+    with pytest.raises(StorageError, match=r"local\.lr") as caught:
+        served(path, joined(path, tmp_path), tmp_path, resume=str(run.path), rounds=2)
+    assert caught.value.code == "E405"
+    (run.path / "flower.json").unlink()
+    path.write_text(path.read_text().replace("lr = 0.2", "lr = 0.1"))
+    with pytest.raises(StorageError, match=r"flower\.json is missing"):
+        served(path, joined(path, tmp_path), tmp_path, resume=str(run.path), rounds=2)
+
+
+def test_what_a_run_says_is_in_its_report(tmp_path: Path) -> None:
+    path = app(tmp_path, "rounds=2")
+    report = tmp_path / "report.jsonl"
+    made: Any = serving.server_app(path)
+    grid = joined(path, tmp_path)
+    keys = {"run-dir": str(tmp_path / "runs"), "report": str(report)}
+    made._main(grid, Context(1, 0, {}, RecordDict(), keys))
+    with pytest.raises(ConfigError):
+        made._main(grid, Context(1, 0, {}, RecordDict(), keys | {"rounds": "two"}))
+    with pytest.raises(ConfigError):
+        made._main(grid, Context(1, 0, {}, RecordDict(), keys | {"clients": 9, "wait-s": 0}))
+    said = [json.loads(line) for line in report.read_text().splitlines()]
+    found = [event["event"] for event in said if event["event"] not in ("line", "note")]
+    assert found == ["begin", "round", "round", "end", "failed"]
+    ends = [event["exit_code"] for event in said if event["event"] in ("end", "failed")]
+    assert ends == [0, 2]
+
+
+# ---- our codecs in an app that is not ours
+
+
+def plain(codec: str, train: Callable[[ArrayRecord], ArrayRecord], **metrics: int) -> FakeGrid:
+    """A grid with one node, whose app sends back what `train` makes of the arrays."""
+    client: Any = ClientApp(mods=[mod.coded(codec)])
+
+    def answer(message: Message, context: Context) -> Message:
+        arrays = train(message.content["arrays"])
+        return Message(RecordDict({"arrays": arrays, "metrics": MetricRecord(metrics or {"n": 3})}), reply_to=message)
+
+    client.train()(answer)
+    grid = FakeGrid()
+    grid.join(1, client, Path())
+    return grid
+
+
+def arrays(**tensors: torch.Tensor) -> ArrayRecord:
+    return ArrayRecord({name: Array(x.numpy()) for name, x in tensors.items()})
+
+
+def moved(record: ArrayRecord) -> ArrayRecord:
+    return arrays(**{name: torch.from_numpy(np.array(array.numpy())) + 1 for name, array in record.items()})
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("codec", ["fp32", "int8", "topk:0.5"])
+def test_a_plain_app_sends_its_arrays_coded(codec: str, blocking: bool) -> None:
+    """All values move by 1, so top-k at a half sends half of them, and what int8 codes is exact."""
+    inner = plain(codec, moved)
+    seen: list[Message] = []
+    inner.happens = lambda node, message, reply: seen.append(copy.deepcopy(reply.content)) or reply
+    grid: Any = mod.Decoding(inner)
+    start = {"w": torch.zeros(8, 4), "b": torch.arange(3.0), "n": torch.tensor(7)}
+    message = Message(RecordDict({"arrays": arrays(**start)}), dst_node_id=1, message_type="train")
+    if blocking:
+        (reply,) = grid.send_and_receive([message])
+    else:
+        (reply,) = grid.pull_messages(grid.push_messages([message]))
+    came = {name: torch.from_numpy(array.numpy()) for name, array in reply.content["arrays"].items()}
+    assert [*came] == [*start]
+    assert int(came["n"]) == 8
+    change = came["w"] - start["w"]
+    assert int(change.count_nonzero()) == (16 if codec == "topk:0.5" else 32)
+    torch.testing.assert_close(change[change != 0], torch.ones(int(change.count_nonzero())))
+    (travelled,) = seen[0]["arrays"].values()
+    assert travelled.stype == mod.STYPE
+    assert reply.content["metrics"]["n"] == 3
+    assert grid.get_node_ids() == [1]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_strategy_of_flowers_own_sees_plain_arrays() -> None:
+    """Every node moves all values by 1, and int8 has that exactly: after two rounds they are 2."""
+    from flwr.serverapp.strategy import FedAvg
+
+    inner = plain("int8", moved, **{"num-examples": 3})
+    inner.nodes[2] = Node(inner.nodes[1].app, 2, {})
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=2, min_available_nodes=2)
+    result = strategy.start(mod.Decoding(inner), arrays(w=torch.zeros(4, 2)), num_rounds=2)
+    assert result.arrays["w"].numpy().tolist() == [[2.0, 2.0]] * 4
+    assert len(inner.pushed) == 4
+
+
+def test_other_arrays_than_those_that_were_sent_travel_as_they_are() -> None:
+    grid: Any = mod.Decoding(plain("int8", lambda record: arrays(other=torch.ones(2))))
+    message = Message(RecordDict({"arrays": arrays(w=torch.ones(3))}), dst_node_id=1, message_type="train")
+    (reply,) = grid.send_and_receive([message])
+    assert [*reply.content["arrays"]] == ["other"]
+
+
+def test_coded_arrays_that_do_not_fit_are_refused() -> None:
+    grid: Any = mod.Decoding(plain("int8", moved))
+    message = Message(RecordDict({"arrays": arrays(w=torch.ones(3))}), dst_node_id=1, message_type="train")
+    (name,) = grid.push_messages([message])
+    grid._sent[name] = {"arrays": arrays(v=torch.ones(3))}
+    with pytest.raises(WireError, match=r"not that of a coded record"):
+        grid.pull_messages([name])
