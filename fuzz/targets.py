@@ -65,15 +65,17 @@ def run(case: Case, size: int) -> Any:
 
 
 def measured(fast: Read) -> tuple[Any, int, float]:
-    tracemalloc.start()
+    if not tracemalloc.is_tracing():  # once: starting and stopping it for every input loses memory each time
+        tracemalloc.start()
+    tracemalloc.reset_peak()
+    before = tracemalloc.get_traced_memory()[0]
     started = time.thread_time()
     try:
         found = fast()
     except WireError as error:
         found = error.code
     taken = time.thread_time() - started
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    peak = tracemalloc.get_traced_memory()[1] - before
     return found, peak, taken
 
 
