@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import sys
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,13 @@ FUZZ = Path(__file__).parents[2] / "fuzz"
 sys.path.insert(0, str(FUZZ))
 
 import targets  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def traced() -> Iterator[None]:
+    """The targets have memory traced from their first input on; other tests are not to find it so."""
+    yield
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("name", targets.TARGETS)
