@@ -13,7 +13,7 @@ import cases
 import lamina
 from lamina.data.transform import Images
 from lamina.engine import gemm
-from lamina.engine.stack import Vmapped
+from lamina.engine.stack import Vmapped, minibatches
 from lamina.training import LocalSGD, batches
 
 
@@ -45,17 +45,18 @@ def written() -> dict[str, nn.Module]:
 def gradients(fed: lamina.Federation, gradient: Any) -> None:
     """Those of all clients on their first minibatches, of unequal sizes, are those of each alone."""
     trainer, setup = fed._trainer, fed._setup
-    clients = list(range(len(fed.data)))
-    chunks = [next(batches(fed.data, c, setup.local, 0, 0)) for c in clients]
-    assert len({len(chunk) for chunk in chunks}) > 1
+    clients = sorted(range(len(fed.data)), key=lambda c: -int(fed.data.sizes[c]))
+    given = next(minibatches(setup, 0, clients, [1] * len(clients), draws=False))
+    assert len(set(given.sizes)) > 1
     weights = {n: torch.stack([x + c / 50 for c in clients]) for n, x in fed.initial.params.items()}
-    grads, losses = gradient(weights, chunks, fed._stack.fetch(setup, 0, clients, draws=False))
-    for c, chunk in zip(clients, chunks, strict=True):
-        trainer.load({n: w[c] for n, w in weights.items()}, {})
+    grads, losses = gradient(weights, given)
+    for i, client in enumerate(clients):
+        chunk = next(batches(fed.data, client, setup.local, 0, 0))
+        trainer.load({n: w[i] for n, w in weights.items()}, {})
         expected, loss = trainer.gradient(*trainer.batch(chunk, None))
-        torch.testing.assert_close(losses[c], loss, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(losses[i], loss, rtol=1e-5, atol=1e-6)
         for name, g in zip(trainer.params, expected, strict=True):
-            torch.testing.assert_close(grads[name][c], g, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(grads[name][i], g, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", [n for n in written() if n != "logistic"])
@@ -76,13 +77,12 @@ def test_an_embedding_in_front_is_written_out() -> None:
 
 def test_a_step_without_a_gradient_is_the_step_with_it() -> None:
     fed = lamina.Federation(written()["relu"], cases.data(), engine="stacked", local=LocalSGD(batch_size=20))
-    gradient, clients = fed._stack.gradient, [0, 1, 4]
-    chunks = [next(batches(fed.data, c, fed.local, 0, 0)) for c in clients]
-    fetch = fed._stack.fetch(fed._setup, 0, clients, draws=False)
+    gradient, clients = fed._stack.gradient, [4, 0, 1]
+    given = next(minibatches(fed._setup, 0, clients, [2, 2, 1], draws=False))
     weights = {n: torch.stack([x] * 3) for n, x in fed.initial.params.items()}
-    grads, _ = gradient(weights, chunks, fetch)
+    grads, _ = gradient(weights, given)
     expected = {n: w - 0.3 * grads[n] for n, w in weights.items()}
-    gradient.descend(weights, chunks, fetch, 0.3)
+    gradient.descend(weights, given, 0.3)
     for name, w in weights.items():
         torch.testing.assert_close(w, expected[name], rtol=1e-6, atol=1e-7)
 
@@ -174,9 +174,9 @@ def test_auto_stacks_small_networks_of_linear_layers_alone() -> None:
     small, large = lamina.models.mlp((64, 32, 10)), lamina.models.mlp((64, 2000, 10))
     chosen = lamina.Federation(small, data)
     assert chosen.engine == "stacked"
-    assert "2,410 parameters in linear layers, 4 clients at a time" in chosen.engine_reason
+    assert "2,410 parameters in linear layers, 8 clients at a time" in chosen.engine_reason
     assert lamina.Federation(large, data).engine != "stacked"
-    assert lamina.Federation(small, data, cohort=8).engine != "stacked"  # too few to fill a stack
+    assert lamina.Federation(small, data, cohort=4).engine != "stacked"  # too few to fill a stack
     assert lamina.Federation(small, data, engine="loop").engine == "loop"
     assert lamina.Federation(small, data, loss=lambda o, y: nn.functional.cross_entropy(o, y)).engine != "stacked"
 

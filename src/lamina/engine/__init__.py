@@ -11,7 +11,7 @@ from lamina.engine import children, cuda, gemm, processes
 from lamina.engine.base import Engine, Worker
 from lamina.engine.loop import LoopEngine
 from lamina.engine.processes import ProcessEngine
-from lamina.engine.stack import WIDTH, Stack, Vmapped
+from lamina.engine.stack import WIDTH, Stack, Vmapped, minibatches
 from lamina.errors import ConfigError, expect, is_whole
 from lamina.training import Trainer, batches
 from lamina.tree import Params
@@ -98,7 +98,7 @@ def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort:
     parameters = sum(w.numel() for w in trainer.weights)
     batch = setup.local.batch_size or int(setup.data.sizes.max())
     light = parameters <= _SMALL and 6 * parameters * batch <= _LIGHT
-    width = min(WIDTH, -(-cohort // 8))  # a function of the cohort, not of the cores: results do not depend on them
+    width = min(WIDTH, -(-cohort // 4))  # a function of the cohort, not of the cores: results do not depend on them
     if name == "auto" and (written is None or not light or width < _FEWEST):
         if trainer.local.precision != "fp32":
             return None, f"only fp32 is written out, not {trainer.local.precision}"
@@ -120,17 +120,18 @@ def _tried(stack: Stack, trainer: Trainer, setup: Setup, params: Params) -> str:
     data = setup.data
     sizes = data.offsets.diff()
     clients = [c for c in sizes.argsort(descending=True, stable=True)[:2].tolist() if sizes[c]]
-    chunks = [next(batches(data, c, setup.local, setup.seed, 0)) for c in clients]
+    steps = [setup.local.count(int(sizes[c])) for c in clients]
     weights = {name: torch.stack([x] * len(clients)) for name, x in params.items()}
     trainer.model.train()
     trainer.load(params, {})
     try:
-        grads, _ = stack.gradient(weights, chunks, stack.fetch(setup, 0, clients, draws=False))
+        given = next(minibatches(setup, 0, clients, steps, draws=False))
+        grads, _ = stack.gradient(weights, given)
     except Exception as error:  # whatever the user's model does not allow
         return f"the model cannot be stacked ({type(error).__name__}: {str(error).splitlines()[0][:120]})"
     rtol, atol = (2e-2, 2e-2) if trainer.local.precision == "bf16" else (1e-3, 1e-4)
-    for i, chunk in enumerate(chunks):
-        x, y = trainer.batch(chunk, None)
+    for i, client in enumerate(clients):
+        x, y = trainer.batch(next(batches(data, client, setup.local, setup.seed, 0)), None)
         expected, _ = trainer.gradient(x, y)
         for (name, g), one in zip(grads.items(), expected, strict=True):
             scale = float(one.abs().max())

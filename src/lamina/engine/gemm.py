@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lamina.engine.stack import Chunks, Fetch
+from lamina.engine.stack import Minibatches
 from lamina.training import Trainer
 from lamina.tree import Params
 
@@ -51,9 +51,9 @@ class Gemm:
         # entries of the first layer's input need no gradient
         self._lowest = next(i for i, o in enumerate(operations) if not isinstance(o, str))
 
-    def __call__(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
+    def __call__(self, weights: Params, given: Minibatches) -> tuple[Params, Tensor]:
         grads: Params = {}
-        losses, slopes = self._slopes(weights, chunks, fetch)
+        losses, slopes = self._slopes(weights, given)
         for layer, d, a in slopes:
             if isinstance(layer, Embedding):
                 grads[layer.weight] = _rows(layer, weights, d, a)
@@ -63,8 +63,8 @@ class Gemm:
                 grads[layer.bias] = d.sum(1)
         return {name: grads[name] for name in weights}, losses
 
-    def descend(self, weights: Params, chunks: Chunks, fetch: Fetch, lr: float) -> Tensor:
-        losses, slopes = self._slopes(weights, chunks, fetch)
+    def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
+        losses, slopes = self._slopes(weights, given)
         for layer, d, a in slopes:  # a slope comes when the layer's weights are no longer needed
             if isinstance(layer, Embedding):
                 weights[layer.weight].sub_(_rows(layer, weights, d, a), alpha=lr)
@@ -74,12 +74,11 @@ class Gemm:
                 weights[layer.bias].sub_(d.sum(1), alpha=lr)
         return losses
 
-    def _slopes(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Tensor, Iterator[Slope]]:
+    def _slopes(self, weights: Params, given: Minibatches) -> tuple[Tensor, Iterator[Slope]]:
         """Losses [m], and the slopes from the last layer to the first."""
-        x: Any
-        y: Any
-        x, y = fetch(range(len(chunks)), chunks)
-        share = _shares(chunks).to(next(iter(weights.values())).dtype)
+        x: Any = given.x
+        y: Any = given.y
+        share = _shares(given.sizes, next(iter(weights.values())).dtype)
         kept: list[Tensor] = []  # the input of each layer, the output of each activation
         a = x
         for operation in self._operations:
@@ -98,9 +97,9 @@ class Gemm:
                 kept.append(a)
         scores = a.log_softmax(2)
         target = y.unsqueeze(2)
-        losses = (scores.gather(2, target).squeeze(2) * -share).sum(1)
+        losses = -(scores.gather(2, target).squeeze(2) * share).sum(1)
         d = scores.exp_().scatter_add_(2, target, torch.full((), -1.0, dtype=a.dtype).expand(target.shape))
-        d *= share.unsqueeze(2)
+        d *= share if isinstance(share, float) else share.unsqueeze(2)
         return losses, self._back(weights, d, kept)
 
     def _back(self, weights: Params, d: Tensor, kept: list[Tensor]) -> Iterator[Slope]:
@@ -176,10 +175,13 @@ def _operation(module: nn.Module, names: dict[int, str]) -> Operation | None:
     return None
 
 
-def _shares(chunks: Chunks) -> Tensor:
-    """Each example's share of its client's mean loss [m, b]; none for what a short minibatch is filled up with."""
-    counts = torch.tensor([len(chunk) for chunk in chunks], dtype=torch.float64)[:, None]
-    return (torch.arange(int(counts.max())) < counts) / counts
+def _shares(sizes: list[int], dtype: torch.dtype) -> Tensor | float:
+    """Each example's share of its client's mean loss, [m, b] where they differ: what fills a minibatch up has none."""
+    b = max(sizes)
+    if min(sizes) == b:
+        return 1 / b
+    counts = torch.tensor(sizes, dtype=torch.float64)[:, None]
+    return ((torch.arange(b) < counts) / counts).to(dtype)
 
 
 def _rows(layer: Embedding, weights: Params, d: Tensor, tokens: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ that of `training.Trainer.train`, in the same order; `correct` is written for on
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
 from lamina.client import Reply, Setup, Start, begin, finish, transmit_message
+from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
 from lamina.method import Plan, Work
 from lamina.random import generator
@@ -28,9 +29,17 @@ from lamina.wire import Dense
 
 WIDTH = 25  # clients in a stack: more no longer fit a core's cache at 50,000 parameters, fewer than ten are slower
 
-Chunks = Sequence[Tensor]  # example indices of each client's minibatch
-Fetch = Callable[[Sequence[int], Chunks], tuple[Batch, Batch]]
+BLOCK = 1 << 10  # examples fetched at once, for as many steps as that takes: fetching is a dozen small operations
+
 Judge = Callable[[Params], Message]
+
+
+class Minibatches(NamedTuple):
+    """One minibatch of each of m clients. One of less than b examples is filled up with its first."""
+
+    x: Batch  # [m, b, ...]
+    y: Batch
+    sizes: list[int]
 
 
 class Gradient(Protocol):
@@ -38,12 +47,11 @@ class Gradient(Protocol):
 
     fuses: bool  # it can also take the step itself
 
-    def __call__(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
-        """Gradients [m, ...] by name, and losses [m]. `fetch(members, chunks)` gives x and y [g, b, ...] of so many
-        of them; a minibatch of less than b is filled up with its first example."""
+    def __call__(self, weights: Params, given: Minibatches) -> tuple[Params, Tensor]:
+        """Gradients [m, ...] by name, and losses [m]."""
         ...
 
-    def descend(self, weights: Params, chunks: Chunks, fetch: Fetch, lr: float) -> Tensor:
+    def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
         """One step of plain SGD in place, where `fuses`; losses [m]."""
         ...
 
@@ -66,27 +74,27 @@ class Vmapped:
 
         self._each = vmap(grad_and_value(loss), randomness="error")
 
-    def __call__(self, weights: Params, chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
-        """Clients whose minibatches have the same size go together: nothing is padded."""
-        sizes = [len(chunk) for chunk in chunks]
+    def __call__(self, weights: Params, given: Minibatches) -> tuple[Params, Tensor]:
+        """Clients whose minibatches have the same size go together: nothing is trained on what fills them up."""
+        sizes = given.sizes
         if len(set(sizes)) == 1:
-            return self._together(weights, list(range(len(chunks))), chunks, fetch)
+            return self._together(weights, given.x, given.y)
         grads = {name: torch.empty_like(w) for name, w in weights.items()}
-        losses = torch.empty(len(chunks))
+        losses = torch.empty(len(sizes))
         for size in sorted(set(sizes), reverse=True):
             members = [i for i, n in enumerate(sizes) if n == size]
-            some, value = self._together({n: w[members] for n, w in weights.items()}, members, chunks, fetch)
+            x, y = _some(given.x, members, size), _some(given.y, members, size)
+            some, value = self._together({n: w[members] for n, w in weights.items()}, x, y)
             for name, g in some.items():
                 grads[name][members] = g
             losses[members] = value.to(losses.dtype)
         return grads, losses
 
-    def _together(self, weights: Params, members: list[int], chunks: Chunks, fetch: Fetch) -> tuple[Params, Tensor]:
-        x, y = fetch(members, [chunks[i] for i in members])
+    def _together(self, weights: Params, x: Batch, y: Batch) -> tuple[Params, Tensor]:
         grads, losses = self._each(weights, x, y)
         return grads, losses.detach()
 
-    def descend(self, weights: Params, chunks: Chunks, fetch: Fetch, lr: float) -> Tensor:
+    def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
         raise NotImplementedError  # `fuses` is False
 
 
@@ -124,20 +132,20 @@ class Stack:
         correct = _mapped(setup, plan, [start.row.method for start in starts]) if method.has("correct") else None
         plain = correct is None and not (local.clip or local.weight_decay or local.momentum or wanted)
         steps = [local.count(len(data.indices_of(c))) for c in clients]
-        orders = [batches(data, c, local, setup.seed, plan.round) for c in clients]
-        fetch = self.fetch(setup, plan.round, clients, getattr(data.transform, "augments", True))
+        source = minibatches(setup, plan.round, clients, steps, getattr(data.transform, "augments", True))
         self.trainer.model.train()
         velocity: Params = {}
         last = {name: torch.empty_like(w) for name, w in weights.items()} if wanted else {}
         total = torch.zeros(len(clients), dtype=torch.float64)
-        for k in range(max(steps)):
-            m = sum(n > k for n in steps)
-            w = {name: x[:m] for name, x in weights.items()}
-            chunks = [next(order) for order in orders[:m]]
+        w = weights
+        for k, given in enumerate(source):
+            m = len(given.sizes)
+            if m < len(next(iter(w.values()))):
+                w = {name: x[:m] for name, x in weights.items()}
             if plain and self.gradient.fuses:
-                total[:m] += self.gradient.descend(w, chunks, fetch, plan.lr)
+                total[:m] += self.gradient.descend(w, given, plan.lr)
                 continue
-            g, losses = self.gradient(w, chunks, fetch)
+            g, losses = self.gradient(w, given)
             total[:m] += losses
             if wanted:
                 done = sum(n > k + 1 for n in steps)  # those behind it take their last step
@@ -165,23 +173,45 @@ class Stack:
         means = (total / torch.tensor(steps, dtype=torch.float64)).tolist()
         return Together(weights, last, means, steps)
 
-    def fetch(self, setup: Setup, round: int, clients: Sequence[int], draws: bool) -> Fetch:
-        """Where the examples of these clients come from. `draws`: the transform draws random numbers, so every client
-        needs its own."""
-        data = setup.data
-        augment = [generator(setup.seed, "augment", round, c) for c in clients] if draws else []
 
-        def fetch(members: Sequence[int], chunks: Chunks) -> tuple[Batch, Batch]:
-            b = max(len(chunk) for chunk in chunks)
-            if draws:
-                parts = [data.examples(chunk) for chunk in chunks]
-                xs = [data.transform(x, augment[i]) for i, (x, _) in zip(members, parts, strict=True)]
-                return _filled(xs, b), _filled([y for _, y in parts], b)
-            indices = torch.cat([_longer(chunk, b) for chunk in chunks])
-            x, y = data.examples(indices)
-            return _shaped(data.transform(x, None), len(chunks)), _shaped(y, len(chunks))
+def minibatches(
+    setup: Setup, round: int, clients: Sequence[int], steps: Sequence[int], draws: bool
+) -> Iterator[Minibatches]:
+    """Those of step 0, 1, ... of the clients that have one left.
 
-        return fetch
+    Args:
+        steps: of each client, most first.
+        draws: the transform draws random numbers, so every client needs a generator, and a minibatch for itself.
+    """
+    data = setup.data
+    orders = [batches(data, c, setup.local, setup.seed, round) for c in clients]
+    augment = [generator(setup.seed, "augment", round, c) for c in clients] if draws else []
+    waiting: list[tuple[list[int], Tensor]] = []
+    held = 0
+    for k in range(max(steps)):
+        chunks = [next(order) for order, n in zip(orders, steps, strict=True) if n > k]
+        sizes = [len(chunk) for chunk in chunks]
+        if draws:
+            parts = [data.examples(chunk) for chunk in chunks]
+            xs = [data.transform(x, own) for (x, _), own in zip(parts, augment, strict=False)]
+            yield Minibatches(_filled(xs, max(sizes)), _filled([y for _, y in parts], max(sizes)), sizes)
+            continue
+        waiting.append((sizes, torch.cat([_longer(chunk, max(sizes)) for chunk in chunks])))
+        held += len(waiting[-1][1])
+        if held >= BLOCK:
+            yield from _fetched(data, waiting)
+            waiting, held = [], 0
+    yield from _fetched(data, waiting)
+
+
+def _fetched(data: ClientData, waiting: Sequence[tuple[list[int], Tensor]]) -> Iterator[Minibatches]:
+    if not waiting:
+        return
+    x, y = data.examples(torch.cat([indices for _, indices in waiting]))
+    x, at = data.transform(x, None), 0
+    for sizes, indices in waiting:
+        span, at = slice(at, at + len(indices)), at + len(indices)
+        yield Minibatches(_shaped(x, span, len(sizes)), _shaped(y, span, len(sizes)), sizes)
 
 
 def stack_round(
@@ -304,8 +334,14 @@ def _filled(parts: Sequence[Batch], b: int) -> Batch:
     return torch.stack([_longer(part, b) for part in parts])  # type: ignore[arg-type]
 
 
-def _shaped(x: Batch, m: int) -> Batch:
-    """The rows of m clients as [m, b, ...]."""
+def _shaped(x: Batch, span: slice, m: int) -> Batch:
+    """These rows as [m, b, ...]."""
     if isinstance(x, dict):
-        return {key: value.view(m, len(value) // m, *value.shape[1:]) for key, value in x.items()}
-    return x.view(m, len(x) // m, *x.shape[1:])
+        return {key: value[span].view(m, -1, *value.shape[1:]) for key, value in x.items()}
+    return x[span].view(m, -1, *x.shape[1:])
+
+
+def _some(x: Batch, members: list[int], size: int) -> Batch:
+    if isinstance(x, dict):
+        return {key: value[members, :size] for key, value in x.items()}
+    return x[members, :size]
