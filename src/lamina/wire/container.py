@@ -181,16 +181,13 @@ def unpack_bits(view: memoryview, count: int, what: str) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=count, bitorder="little").view(np.bool_)
 
 
-def compress(raw: NDArray[np.uint8], thorough: bool = False, threads: int = 0) -> bytes:
+def compress(raw: NDArray[np.uint8], thorough: bool = False) -> bytes:
     """One zstd frame with its content size: of level 1, or with the strategy btultra, which codes bytes that hardly
-    differ in frequency where level 1 gives up. It is given next to no memory to look for repetitions in.
-
-    With any number of threads but 0 zstd cuts its input alike, so the bytes are the same.
-    """
+    differ in frequency where level 1 gives up. It is given next to no memory to look for repetitions in."""
     if thorough:
         made = zstandard.ZstdCompressor(compression_params=_BTULTRA)
     else:
-        made = zstandard.ZstdCompressor(level=1, write_content_size=True, threads=threads)
+        made = zstandard.ZstdCompressor(level=1, write_content_size=True)
     packed: bytes = made.compress(raw.data)
     return packed
 

@@ -6,7 +6,6 @@ A plane holds one byte of every word, lowest first: uv L; then L > 0: one zstd f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from lamina.errors import WireError
 from lamina.wire.container import Buffer, Reader, compress, decompress, raw_bytes, uv
-from lamina.wire.threads import PIECE, Span, each, spans, workers
+from lamina.wire.threads import PIECE, Span, each, spans
 
 Words: TypeAlias = NDArray[np.unsignedinteger[Any]]
 Bytes: TypeAlias = NDArray[np.uint8]
@@ -38,14 +37,11 @@ def write_planes(sources: Sequence[Source], turn: Callable[..., Words], width: i
 
     def fill(span: Span) -> None:
         turned = turn(*(x[span.start : span.stop] for x in sources[span.i]))
-        for place in range(width):  # shifts run over whole words; every fourth byte would be picked one by one
-            np.copyto(planes[place, span.joined], turned >> np.uint8(8 * place), casting="unsafe")
+        planes[:, span.joined] = turned.view(np.uint8).reshape(-1, width).T
 
     each(fill, spans(counts), planes.nbytes)
-    # One or two planes take nearly all of the time, so zstd has threads of its own beside those for the planes. The
-    # highest comes first: it alone compresses well, which takes longest.
-    squeezed = partial(compress, threads=workers(planes.nbytes // width))
-    frames = each(squeezed, list(planes[::-1]), planes.nbytes)[::-1] if squeeze else [b""] * width
+    # The highest plane first: it alone compresses well, which takes longest.
+    frames = each(compress, list(planes[::-1]), planes.nbytes)[::-1] if squeeze else [b""] * width
     section: list[Buffer] = []
     for plane, frame in zip(planes, frames, strict=True):
         section += write_plane(plane, frame)
@@ -71,10 +67,10 @@ def read_planes(
     out = [np.empty(count, word) for count in counts]
 
     def merge(span: Span) -> None:
-        turned = planes[-1][span.joined].astype(word)
-        for plane in planes[-2::-1]:
-            np.left_shift(turned, np.uint8(8), out=turned)
-            np.bitwise_or(turned, plane[span.joined], out=turned)
+        turned = np.empty(span.stop - span.start, word)
+        columns = turned.view(np.uint8).reshape(-1, width)
+        for place in range(width):
+            columns[:, place] = planes[place][span.joined]
         others = known[span.i] if known is not None else ()
         out[span.i][span.start : span.stop] = back(turned, *(x[span.start : span.stop] for x in others))
 

@@ -41,11 +41,6 @@ def spans(counts: Sequence[int]) -> list[Span]:
     return cut
 
 
-def workers(size: int) -> int:
-    """Threads for zstd over so many bytes; 0 for its way without any, which makes other bytes than one thread does."""
-    return min(torch.get_num_threads(), MOST) if size >= WORTH else 0
-
-
 def each(work: Callable[[X], Y], items: Sequence[X], size: int) -> list[Y]:
     """[work(x) for x in items], which handles about `size` bytes in all.
 
