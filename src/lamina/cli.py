@@ -683,6 +683,15 @@ def _say(out: Console, lines: Sequence[str]) -> None:
 # ---- deployment
 
 
+def _written(files: Sequence[Path], json: bool, no_color: bool) -> None:
+    from lamina import terminal
+
+    if json:
+        terminal.emit({"event": "written", "files": [str(file) for file in files]})
+        return
+    _say(terminal.console(no_color=no_color), [f"  {file}" for file in files])
+
+
 @flower_app.command("new")
 @_guarded
 def flower_new(
@@ -694,14 +703,10 @@ def flower_new(
 ) -> None:
     """Write an app that `flwr run` takes: `lamina flower new exp.toml app rounds=50`."""
     from lamina import config as configs
-    from lamina import terminal
     from lamina.flower import project
 
     files = project.write(configs.load(target, keys or ()), folder)
-    if json:
-        terminal.emit({"event": "written", "files": [str(file) for file in files]})
-        return
-    _say(terminal.console(no_color=no_color), [f"  {file}" for file in files])
+    _written(files, json, no_color)
 
 
 @flower_app.command("keys")
@@ -717,14 +722,10 @@ def flower_keys(
     no_color: NoColor = False,
 ) -> None:
     """Make certificates for the server and keys for its nodes: `lamina flower keys keys --host fl.example.org`."""
-    from lamina import terminal
     from lamina.flower import keys as keyring
 
     files = keyring.write(folder, host or ["127.0.0.1", "localhost"], nodes, days)
-    if json:
-        terminal.emit({"event": "written", "files": [str(file) for file in files]})
-        return
-    _say(terminal.console(no_color=no_color), [f"  {file}" for file in files])
+    _written(files, json, no_color)
 
 
 @flower_app.command("rehearse")

@@ -44,8 +44,6 @@ class Slope(NamedTuple):
 class Gemm:
     """Made by `recognise`."""
 
-    fuses = True
-
     def __init__(self, operations: list[Operation]):
         self._operations = operations
         # entries of the first layer's input need no gradient

@@ -45,21 +45,20 @@ class Minibatches(NamedTuple):
 class Gradient(Protocol):
     """The loss gradients of several clients, each at its own weights on its own minibatch."""
 
-    fuses: bool  # it can also take the step itself
-
     def __call__(self, weights: Params, given: Minibatches) -> tuple[Params, Tensor]:
         """Gradients [m, ...] by name, and losses [m]."""
         ...
 
-    def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
-        """One step of plain SGD in place, where `fuses`; losses [m]."""
+    @property
+    def descend(self) -> Callable[[Params, Minibatches, float], Tensor] | None:
+        """One step of plain SGD in place, at this learning rate; losses [m]. None: it makes gradients only."""
         ...
 
 
 class Vmapped:
     """Any model without randomness and without buffers, by torch's vmap."""
 
-    fuses = False
+    descend = None
 
     def __init__(self, trainer: Trainer):
         model = copy.deepcopy(trainer.model)  # should torch fail in the middle, it leaves its own tensors in there
@@ -93,9 +92,6 @@ class Vmapped:
     def _together(self, weights: Params, x: Batch, y: Batch) -> tuple[Params, Tensor]:
         grads, losses = self._each(weights, x, y)
         return grads, losses.detach()
-
-    def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
-        raise NotImplementedError  # `fuses` is False
 
 
 class Alike(list[Reply]):
@@ -131,6 +127,7 @@ class Stack:
         weights = _stacked([start.params for start in starts])
         correct = _mapped(setup, plan, [start.row.method for start in starts]) if method.has("correct") else None
         plain = correct is None and not (local.clip or local.weight_decay or local.momentum or wanted)
+        descend = self.gradient.descend if plain else None
         steps = [local.count(len(data.indices_of(c))) for c in clients]
         source = minibatches(setup, plan.round, clients, steps, getattr(data.transform, "augments", True))
         self.trainer.model.train()
@@ -142,8 +139,8 @@ class Stack:
             m = len(given.sizes)
             if m < len(next(iter(w.values()))):
                 w = {name: x[:m] for name, x in weights.items()}
-            if plain and self.gradient.fuses:
-                total[:m] += self.gradient.descend(w, given, plan.lr)
+            if descend is not None:
+                total[:m] += descend(w, given, plan.lr)
                 continue
             g, losses = self.gradient(w, given)
             total[:m] += losses
