@@ -1,0 +1,274 @@
+"""`lamina compare`, `verify`, `list`: what was run, and what there is."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lamina.cli.base import Json, NoColor, RunDir, find, find_all, guarded, say
+from lamina.errors import ConfigError, LaminaError, StorageError
+
+if TYPE_CHECKING:
+    from lamina.terminal import Column
+
+
+@guarded
+def compare(
+    paths: Annotated[list[str], typer.Argument(metavar="RUN...", show_default=False)],
+    force: Annotated[bool, typer.Option("--force", help="Also runs on different splits.")] = False,
+    md: Annotated[bool, typer.Option("--md", help="A Markdown table.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Exact numbers, separated by commas.")] = False,
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Accuracy and bytes of runs, side by side: folders, numbers (003) or ranges (001-004) of the latest experiment."""
+    from lamina import runs, terminal
+
+    root = runs.runs_root(run_dir)
+    folders = {folder.resolve(): folder for path in paths for folder in find_all(path, root)}
+    found = [runs.Run.open(folder) for folder in folders.values()]
+    rows = runs.compare(found, force=force)
+    out = terminal.console(no_color=no_color)
+    if json:
+        for row in rows:
+            terminal.emit(row)
+    elif as_csv:
+        writer = csv.DictWriter(sys.stdout, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    elif md:
+        columns, same = terminal.compared(rows)
+        print("\n".join([*terminal.markdown(columns), "", same]))
+    else:
+        say(out, terminal.comparison(rows, terminal.width_of(out)))
+
+
+@guarded
+def verify(
+    path: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
+    wire: Annotated[
+        bool, typer.Option("--wire", help="Make its last rounds once more, every frame through a socket.")
+    ] = False,
+    afresh: Annotated[bool, typer.Option("--afresh", help="With --wire: all its rounds.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="With --wire: a line per layer.")] = False,
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """Whether a run's files agree with each other, and its ledger with what a socket carries."""
+    from lamina import runs, terminal
+    from lamina import verify as verifying
+
+    if (afresh or layers) and not wire:
+        raise ConfigError(f"{'--afresh' if afresh else '--layers'} is of --wire", where="command line")
+    folder = find(path, runs.runs_root(run_dir))
+    out = terminal.console(no_color=no_color)
+    width = terminal.width_of(out)
+    checks = verifying.files(folder)
+    problems = [f"{check.file}: {check.problem}" for check in checks if check.problem]
+    code = "E404"
+    if json:
+        for check in checks:
+            terminal.emit({"event": "file", **check._asdict()})
+    else:
+        say(out, verifying.files_table(checks, width))
+    if wire:
+
+        def note(text: str) -> None:
+            if json:
+                terminal.emit({"event": "note", "text": text})
+            else:
+                say(out, ["", f"  {text}"])
+
+        resent = verifying.resend(folder, afresh=afresh, say=note)
+        code = code if problems else "E407"
+        problems += resent.problems
+        if json:
+            for event in resent.events(layers):
+                terminal.emit(event)
+        else:
+            say(out, verifying.wire_table(resent, width))
+            say(out, verifying.layers_table(resent, width) if layers else [])
+    if json:
+        terminal.emit({"event": "verified", "run": str(folder), "problems": problems})
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise StorageError(f"{problems[0]}{more}", code=code, where=str(folder))
+
+
+LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "recipes", "runs")
+
+
+@guarded
+def list_(
+    what: Annotated[str, typer.Argument(metavar="|".join(LISTS), show_default=False)],
+    run_dir: RunDir = None,
+    json: Json = False,
+    no_color: NoColor = False,
+) -> None:
+    """What there is."""
+    from lamina import terminal
+
+    if what not in LISTS:
+        raise ConfigError(f"list {what}: expected one of {', '.join(LISTS)}", where="command line, argument 1")
+    if run_dir is not None and what != "runs":
+        raise ConfigError(f"--run-dir is of `lamina list runs`, not of {what}")
+    special = {"runs": lambda: _runs_listed(run_dir), "data": _data_listed, "recipes": _recipes_listed}
+    rows, columns = special[what]() if what in special else _named(what)
+    out = terminal.console(no_color=no_color)
+    if json:
+        for row in rows:
+            terminal.emit(row)
+    elif not rows:
+        say(out, ["  none"])
+    elif what == "presets":  # sentences: wrapped, where a table would drop them
+        say(out, terminal.fields([(row["name"], row["about"]) for row in rows], terminal.width_of(out)))
+    else:
+        say(out, terminal.table(columns, terminal.width_of(out)))
+        say(out, _CHAINS if what == "methods" else ())
+
+
+_CHAINS = (
+    "",
+    '  several at once: lamina run quickstart "method=[ssfl,fedlama]" method.1.phi=4',
+    "  which go together, and in which order: docs/methods/composition.md",
+)
+
+
+def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.terminal import Column
+
+    rows: list[dict[str, Any]]
+    if what == "partitions":
+        from lamina.data import PARTITIONS
+
+        rows = [{"name": name, "about": about} for name, about in PARTITIONS.items()]
+    elif what == "presets":
+        from lamina.settings import presets
+
+        texts = presets().items()
+        rows = [{"name": name, "about": _head(text)} for name, text in texts]
+    else:
+        from lamina import config as configs
+
+        section = {"methods": "method", "codecs": "uplink", "models": "model"}[what]
+        rows = []
+        for name, thing in configs.catalogue(section).items():
+            defaults = {key: taken.default for key, taken in configs.arguments_of(section, thing).items()}
+            said = [key if v is type(v) or repr(v).startswith("<") else f"{key}={v}" for key, v in defaults.items()]
+            rows.append({"name": name, "about": configs.about(section, name), "takes": ", ".join(said)})
+    columns = [
+        Column(what, [row["name"] for row in rows], left=True),
+        Column("about", [row["about"] for row in rows], 2, left=True),
+    ]
+    if what == "methods":  # what a method does goes last: its settings stand on its page too
+        columns[1] = columns[1]._replace(rank=1)
+    if "takes" in rows[0]:
+        columns.insert(1, Column("takes", [row["takes"] for row in rows], 2 if what == "methods" else 1, left=True))
+    return rows, columns
+
+
+def _head(text: str) -> str:
+    """The comment that a TOML file begins with, as one line."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in lines)
+
+
+def _data_listed() -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.data import DATASETS, cached
+    from lamina.terminal import Column, size
+
+    rows = []
+    for name, info in DATASETS.items():
+        there = "built in" if not info.download else "cached" if cached(name) else "-"
+        rows.append({**info._asdict(), "sources": list(info.sources), "here": there})
+    columns = [
+        Column("data", list(DATASETS), left=True),
+        Column("here", [row["here"] for row in rows], left=True),
+        Column("examples", [f"{row['examples']:,}" for row in rows], 2),
+        Column("test", [f"{row['test_examples']:,}" for row in rows], 5),
+        Column("classes", [str(row["classes"]) for row in rows], 4),
+        Column("clients", [row["clients"] or "by partition" for row in rows], 3, left=True),
+        Column("download", [size(row["download"]) if row["download"] else "-" for row in rows], 1),
+        Column("about", [row["description"] for row in rows], 6, left=True),
+        Column("licence", [row["licence"] for row in rows], 7, left=True),
+    ]
+    return rows, columns
+
+
+def _recipes_listed() -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.data import cached
+    from lamina.recipes import RECIPES
+    from lamina.terminal import Column
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": recipe.name,
+            "title": recipe.title,
+            "paper": recipe.paper,
+            "arxiv": recipe.arxiv,
+            "compares": recipe.compares,
+            "data": recipe.dataset,
+            "here": cached(recipe.dataset),
+            "arms": list(recipe.published.arms),
+            "size": recipe.published.size,
+            "scaled_arms": list(recipe.scaled.arms),
+            "scaled_size": recipe.scaled.size,
+            "scaled": recipe.scaled.scaled,
+            "floor": recipe.scaled.floor,
+        }
+        for recipe in RECIPES.values()
+    ]
+    columns = [
+        Column("recipe", [row["name"] for row in rows], left=True),
+        Column("paper", [row["arxiv"] or "-" for row in rows], 3, left=True),
+        Column("data", [f"{row['data']} {'cached' if row['here'] else '-'}" for row in rows], 2, left=True),
+        Column("--scaled", [_duration(row["scaled_size"]) for row in rows], 1, left=True),
+        Column("in full", [_duration(row["size"]) for row in rows], 4, left=True),
+        Column("compares", [row["compares"] for row in rows], 5, left=True),
+    ]
+    return rows, columns
+
+
+def _duration(size: str) -> str:
+    """The time in a recipe's "so many arms, so many examples: about so long on 2 cores"."""
+    return size.partition(": ")[2].partition(" on ")[0]
+
+
+def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column]]:
+    from lamina.folder import standing
+    from lamina.runs import Run, runs_root
+    from lamina.terminal import Column, share, size
+
+    rows: list[dict[str, Any]] = []
+    nothing = dict.fromkeys(("accuracy", "rounds", "rounds_done", "bytes_up", "bytes_down", "uplink"))
+    for file in sorted(runs_root(run_dir).glob("*/*-*/run.json")):
+        try:
+            run = Run.open(file.parent)
+        except LaminaError as error:
+            if error.code == "E404":
+                rows.append({**nothing, "run": str(file.parent), "status": "damaged", "error": error.message})
+            continue  # a folder of another version: `compare` would say so
+        final = run.final
+        accuracy = final and standing(final, run.personal)
+        rows.append({"run": str(file.parent), "accuracy": accuracy, **run.info})
+
+    def damaged(row: dict[str, Any]) -> bool:
+        return bool(row["status"] == "damaged")
+
+    columns = [
+        Column("run", [row["run"] for row in rows], left=True),
+        Column("status", [row["status"] for row in rows], 1, left=True),
+        Column("rounds", ["-" if damaged(row) else f"{row['rounds_done']}/{row['rounds']}" for row in rows], 3),
+        Column("acc", [share(row["accuracy"]) for row in rows]),
+        Column("up", ["-" if damaged(row) else size(row["bytes_up"]) for row in rows], 2),
+        Column("down", ["-" if damaged(row) else size(row["bytes_down"]) for row in rows], 4),
+        Column("codec", [row["uplink"] or "-" for row in rows], 5, left=True),
+    ]
+    return rows, columns
