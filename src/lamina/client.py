@@ -6,6 +6,7 @@ begin -> K x (gradient -> correct -> clip -> weight decay -> momentum -> step) -
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +38,14 @@ class Setup(NamedTuple):
     buffers: str  # policy: "average" | "keep" | "skip"
     moments: bool
     seed: int
+    weights: str  # of the messages in their mean: "examples" | "uniform"
     carry: frame.Carry | None  # takes every frame, so plans, messages and states are really encoded; None: they are not
+
+    def weights_of(self, clients: Sequence[int]) -> list[float]:
+        """Of their messages in a mean, before they are normalised."""
+        if self.weights == "uniform":
+            return [1.0] * len(clients)
+        return [float(n) for n in self.data.sizes_of(clients)]
 
 
 class Reply(NamedTuple):

@@ -186,7 +186,7 @@ class Federation:
         self._judges = accuracy_before
         moments = diagnostics or self.method.needs_moments
         self._setup = Setup(
-            data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed,
+            data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, weights,
             frame.in_memory if through_bytes else None,
         )  # fmt: skip
         buffers_now = {n: b.clone() for n, b in self._trainer.buffers.items()}
@@ -433,7 +433,7 @@ class Federation:
         store: ClientStore, books: Books,
     ) -> tuple[Message, ClientStore]:  # fmt: skip
         """Sends the plan, takes the replies in order, and sums what is accepted."""
-        parts = {c: float(self._sizes[c]) if self.weights == "examples" else 1.0 for c in order}
+        parts = dict(zip(order, self._setup.weights_of(order), strict=True))
         whole = total(parts.values())
         shares = {c: parts[c] / whole for c in order}
         even = 1.0 / len(order)
@@ -471,7 +471,7 @@ class Federation:
                     uniform.add(tree, content, even * len(members))
                 else:
                     mean.add(tree, content, share)
-            if "update" in reply.sizes:
+            if "update" in reply.message:
                 books.count(reply.sizes["update"].entries, share)
             writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
         return mean.result() | uniform.result(), writer.done()

@@ -89,20 +89,24 @@ class LocalSGD:
         return self.epochs * (1 if self.batch_size is None else -(-examples // self.batch_size))
 
 
-def batches(data: ClientData, client: int, local: LocalSGD, seed: int, round: int) -> Iterator[Tensor]:
-    """Example indices of each local step. Each epoch is a fresh permutation, drawn in succession from one generator;
-    the last short batch of an epoch is kept; `steps` goes on over epochs."""
+def passes(data: ClientData, client: int, local: LocalSGD, seed: int, round: int) -> Iterator[Tensor]:
+    """Example indices of each pass over the client's data, until its steps are done. Each is a fresh permutation, drawn
+    in succession from one generator."""
     indices = data.indices_of(client)
-    n = len(indices)
-    left = local.count(n)
+    left = local.count(len(indices))
     if local.batch_size is None:
         yield from (indices for _ in range(left))
         return
     order = generator(seed, "order", round, client)
     while left > 0:
-        for chunk in torch.split(indices[torch.randperm(n, generator=order)], local.batch_size)[:left]:
-            left -= 1
-            yield chunk
+        yield indices[torch.randperm(len(indices), generator=order)][: left * local.batch_size]
+        left -= -(-len(indices) // local.batch_size)
+
+
+def batches(data: ClientData, client: int, local: LocalSGD, seed: int, round: int) -> Iterator[Tensor]:
+    """Example indices of each local step. The last short batch of a pass is kept; `steps` goes on over passes."""
+    for order in passes(data, client, local, seed, round):
+        yield from torch.split(order, local.batch_size or len(order))
 
 
 class Trained(NamedTuple):

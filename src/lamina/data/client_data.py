@@ -91,6 +91,12 @@ class ClientData:
         """Examples per client, int64 [N], wherever they are."""
         return self.offsets.diff() if self.counts is None else self.counts
 
+    def sizes_of(self, clients: Sequence[int]) -> list[int]:
+        """Examples of each of these clients."""
+        some = torch.tensor(clients, dtype=torch.int64)
+        found = self.offsets[some + 1] - self.offsets[some] if self.counts is None else self.counts[some]
+        return [int(n) for n in found.tolist()]
+
     @property
     def here(self) -> list[int]:
         """Positions of the clients whose examples are here, ascending."""

@@ -93,7 +93,7 @@ class Gemm:
             else:
                 a = a.relu_() if operation == "relu" else a.tanh_()
                 kept.append(a)
-        scores = a.log_softmax(2)
+        scores = _log_softmax(a)
         target = y.unsqueeze(2)
         losses = -(scores.gather(2, target).squeeze(2) * share).sum(1)
         d = scores.exp_().scatter_add_(2, target, torch.full((), -1.0, dtype=a.dtype).expand(target.shape))
@@ -112,7 +112,7 @@ class Gemm:
             elif operation == "flatten":
                 d = d.reshape(a.shape)
             else:
-                d = d * (a > 0) if operation == "relu" else d * (1 - a * a)
+                d = torch.ops.aten.threshold_backward(d, a, 0) if operation == "relu" else d * (1 - a * a)
 
 
 def recognise(trainer: Trainer) -> Gemm | None:
@@ -171,6 +171,11 @@ def _operation(module: nn.Module, names: dict[int, str]) -> Operation | None:
         case nn.Flatten() if module.start_dim == 1 and module.end_dim == -1:
             return "flatten"
     return None
+
+
+def _log_softmax(x: Tensor) -> Tensor:
+    """Over the last dimension. torch's is slow where that is short: a few classes go along the one before it."""
+    return x.mT.contiguous().log_softmax(1).mT if x.shape[2] < 32 else x.log_softmax(2)
 
 
 def _shares(sizes: list[int], dtype: torch.dtype) -> Tensor | float:

@@ -225,18 +225,10 @@ class _Pool:
         if not answer["alike"]:
             each = enumerate(zip(clients, answer["replies"], strict=True))
             return [self._reply(c, figures, trees, f"{i}/") for i, (c, figures) in each]
-        (one,) = answer["replies"]
-        rows = {tree: {name: x.unbind() for name, x in content.items()} for tree, content in trees.items()}
-        first = self._reply(clients[0], one, {}, "")
-        figures = enumerate(zip(clients, answer["loss"], answer["steps"], strict=True))
-        return [
-            first._replace(
-                client=c,
-                message={tree: {name: x[i] for name, x in rows.get(tree, {}).items()} for tree in one["trees"]},
-                loss=loss,
-                steps=steps,
-            )
-            for i, (c, loss, steps) in figures
+        _, *others = zip(clients, answer["loss"], answer["steps"], strict=True)
+        one = self._reply(clients[0], answer["replies"][0], trees, "")
+        return [one._replace(members=tuple(clients))] + [
+            Reply(client, {}, one.row, one.sizes, loss, steps, None) for client, loss, steps in others
         ]
 
     def _reply(self, client: int, figures: dict[str, Any], trees: Message, prefix: str) -> Reply:
@@ -320,16 +312,15 @@ class _Child:
         # What came in may live on in what goes out (an untouched residual), so the reply is laid down behind it.
         start += job["used"]
         if isinstance(replies, Alike):
-            entries, _ = self._replies.write(replies.stacks, start, end)
-            one = _figures(replies[0])
-            return {"alike": len(replies), "entries": entries, "replies": [one]} | {
+            entries, _ = self._replies.write(replies[0].message, start, end)
+            return {"alike": True, "entries": entries, "replies": [_figures(replies[0])]} | {
                 "loss": [reply.loss for reply in replies],
                 "steps": [reply.steps for reply in replies],
             }
         trees = {f"{i}/{tree}": content for i, reply in enumerate(replies) for tree, content in reply.message.items()}
         trees |= {f"{i}//row": flatten(reply.row) for i, reply in enumerate(replies)}
         entries, _ = self._replies.write(trees, start, end)
-        return {"alike": 0, "entries": entries, "replies": [_figures(reply) for reply in replies]}
+        return {"alike": False, "entries": entries, "replies": [_figures(reply) for reply in replies]}
 
 
 def _figures(reply: Reply) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Several clients at once, their weights stacked along a first dimension: for models whose operations are so small
 that calling them takes longer than computing them.
 
-    starts [K, ...]  ->  steps, the m clients that have one left  ->  weights [K, ...]  ->  K messages
+    starts [K, ...]  ->  steps, the m clients that have one left  ->  weights [K, ...]  ->  K messages, or their mean
 
 Clients come with most steps first, so those that still train are always the first m, a view of the stacks. One step is
 that of `training.Trainer.train`, in the same order; `correct` is written for one client and mapped over them.
@@ -10,6 +10,8 @@ that of `training.Trainer.train`, in the same order; `correct` is written for on
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,15 +19,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad_and_value, vmap
 
+from lamina import wire
 from lamina.client import Reply, Setup, Start, begin, finish, transmit_message
-from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
 from lamina.method import Plan, Work
 from lamina.random import generator
 from lamina.store import Row
-from lamina.training import Trainer, batches
+from lamina.training import Trainer, batches, passes
 from lamina.tree import Message, Params, flatten, select, skeleton, sub, unflatten
-from lamina.wire import Dense
 
 WIDTH = 25  # clients in a stack: more no longer fit a core's cache at 50,000 parameters, fewer than ten are slower
 
@@ -95,11 +96,7 @@ class Vmapped:
 
 
 class Alike(list[Reply]):
-    """Replies of one form. `stacks` are their messages, [K, ...]; nobody's row holds a tensor."""
-
-    def __init__(self, replies: Sequence[Reply], stacks: Message):
-        super().__init__(replies)
-        self.stacks = stacks
+    """Replies with the same bytes and the same row, which holds no tensor; the first has the mean of all messages."""
 
 
 class Together(NamedTuple):
@@ -118,6 +115,13 @@ class Stack:
         self.trainer = trainer
         self.gradient = gradient
         self.width = width
+        self._sizes: dict[frozenset[str], dict[str, wire.Size]] = {}
+
+    def sizes(self, setup: Setup, plan: Plan, client: int, one: Message, loss: float) -> dict[str, wire.Size]:
+        """Of a raw message, which follow from the names and shapes of what is sent."""
+        if plan.upload not in self._sizes:
+            _, self._sizes[plan.upload] = transmit_message(one, setup, plan, client, loss)
+        return self._sizes[plan.upload]
 
     def train(
         self, setup: Setup, plan: Plan, clients: Sequence[int], starts: Sequence[Start], wanted: bool
@@ -128,7 +132,7 @@ class Stack:
         correct = _mapped(setup, plan, [start.row.method for start in starts]) if method.has("correct") else None
         plain = correct is None and not (local.clip or local.weight_decay or local.momentum or wanted)
         descend = self.gradient.descend if plain else None
-        steps = [local.count(len(data.indices_of(c))) for c in clients]
+        steps = [local.count(n) for n in data.sizes_of(clients)]
         source = minibatches(setup, plan.round, clients, steps, getattr(data.transform, "augments", True))
         self.trainer.model.train()
         velocity: Params = {}
@@ -180,35 +184,58 @@ def minibatches(
         steps: of each client, most first.
         draws: the transform draws random numbers, so every client needs a generator, and a minibatch for itself.
     """
+    if draws:
+        yield from _drawn(setup, round, clients, steps)
+        return
+    data, examples = setup.data, setup.data.sizes_of(clients)
+    b = min(setup.local.batch_size or max(examples), max(examples))
+    # Every client's minibatches as rows of b examples, the short ones filled up, client by client; then step by step.
+    rows = [_rows(setup, round, c, b) for c in clients]
+    sizes = [_sizes(n, b, count) for n, count in zip(examples, steps, strict=True)]
+    starts = [0, *itertools.accumulate(map(len, rows))]
+    members = [sum(n > k for n in steps) for k in range(max(steps))]
+    order = torch.tensor([starts[i] + k for k, m in enumerate(members) for i in range(m)])
+    ordered = torch.cat(rows)[order]
+    at = k = 0
+    while k < len(members):
+        block = members[k : k + max(1, BLOCK // (members[k] * b))]
+        x, y = data.examples(ordered[at : at + sum(block)].view(-1))
+        at += sum(block)
+        x = data.transform(x, None)
+        done = 0
+        for m in block:
+            now = [sizes[i][k] for i in range(m)]
+            span, done = slice(done * b, (done + m) * b), done + m
+            yield Minibatches(_shaped(x, span, m, max(now)), _shaped(y, span, m, max(now)), now)
+            k += 1
+
+
+def _rows(setup: Setup, round: int, client: int, b: int) -> Tensor:
+    """The minibatches of one client, [steps, b]: example indices, a short one filled up with its last."""
+    filled = []
+    for order in passes(setup.data, client, setup.local, setup.seed, round):
+        short = -len(order) % b
+        filled += [order, order[-1:].expand(short)] if short else [order]
+    return (filled[0] if len(filled) == 1 else torch.cat(filled)).view(-1, b)
+
+
+def _sizes(examples: int, b: int, steps: int) -> list[int]:
+    """Of a client's minibatches."""
+    one = [b] * (examples // b) + ([examples % b] if examples % b else [])
+    return (one * -(-steps // len(one)))[:steps]
+
+
+def _drawn(setup: Setup, round: int, clients: Sequence[int], steps: Sequence[int]) -> Iterator[Minibatches]:
+    """Of a transform that draws random numbers: from each client's own generator, one minibatch after the other."""
     data = setup.data
     orders = [batches(data, c, setup.local, setup.seed, round) for c in clients]
-    augment = [generator(setup.seed, "augment", round, c) for c in clients] if draws else []
-    waiting: list[tuple[list[int], Tensor]] = []
-    held = 0
+    augment = [generator(setup.seed, "augment", round, c) for c in clients]
     for k in range(max(steps)):
         chunks = [next(order) for order, n in zip(orders, steps, strict=True) if n > k]
+        parts = [data.examples(chunk) for chunk in chunks]
+        xs = [data.transform(x, own) for (x, _), own in zip(parts, augment, strict=False)]
         sizes = [len(chunk) for chunk in chunks]
-        if draws:
-            parts = [data.examples(chunk) for chunk in chunks]
-            xs = [data.transform(x, own) for (x, _), own in zip(parts, augment, strict=False)]
-            yield Minibatches(_filled(xs, max(sizes)), _filled([y for _, y in parts], max(sizes)), sizes)
-            continue
-        waiting.append((sizes, torch.cat([_longer(chunk, max(sizes)) for chunk in chunks])))
-        held += len(waiting[-1][1])
-        if held >= BLOCK:
-            yield from _fetched(data, waiting)
-            waiting, held = [], 0
-    yield from _fetched(data, waiting)
-
-
-def _fetched(data: ClientData, waiting: Sequence[tuple[list[int], Tensor]]) -> Iterator[Minibatches]:
-    if not waiting:
-        return
-    x, y = data.examples(torch.cat([indices for _, indices in waiting]))
-    x, at = data.transform(x, None), 0
-    for sizes, indices in waiting:
-        span, at = slice(at, at + len(indices)), at + len(indices)
-        yield Minibatches(_shaped(x, span, len(sizes)), _shaped(y, span, len(sizes)), sizes)
+        yield Minibatches(_filled(xs, max(sizes)), _filled([y for _, y in parts], max(sizes)), sizes)
 
 
 def stack_round(
@@ -221,10 +248,11 @@ def stack_round(
     for members in groups:
         some, begun = [clients[i] for i in members], [starts[i] for i in members]
         done = stack.train(setup, plan, some, begun, setup.method.has("report"))
-        made = _plain(setup, plan, some, done) if says_nothing(setup, plan) else None
-        if judge is None and made is not None and members == list(range(len(clients))):
-            return made
-        each = made or _finished(setup, plan, some, begun, done)
+        if judge is None and members == list(range(len(clients))) and says_nothing(setup, plan):
+            made = _plain(stack, setup, plan, some, done)
+            if made is not None:
+                return made
+        each = _finished(setup, plan, some, begun, done)
         if judge is not None:
             for i, reply in enumerate(each):
                 reply.message.update(judge({n: x[i] for n, x in done.params.items()}))
@@ -234,10 +262,11 @@ def stack_round(
 
 def _alike(setup: Setup, clients: Sequence[int], starts: Sequence[Start]) -> list[list[int]]:
     """Positions of clients whose states have the same tensors, most steps first."""
+    plain = not setup.method.has("init_client")
     groups: dict[str, list[int]] = {}
-    count = [setup.local.count(len(setup.data.indices_of(c))) for c in clients]
+    count = [setup.local.count(n) for n in setup.data.sizes_of(clients)]
     for i in sorted(range(len(clients)), key=lambda i: -count[i]):
-        state = starts[i].row.method
+        state = () if plain else starts[i].row.method
         form = str([(path, x.shape, x.dtype) for path, x in flatten(state).items()]) + str(skeleton(state))
         groups.setdefault(form, []).append(i)
     return list(groups.values())
@@ -256,32 +285,52 @@ def says_nothing(setup: Setup, plan: Plan) -> bool:
     """Whether every message is the raw update and no more, and nobody remembers anything: then all have one form."""
     method = setup.method
     silent = not any(method.has(hook) for hook in ("report", "settle", "init_client"))
-    raw = setup.uplink == Dense() and plan.mask is None and setup.carry is None
+    raw = setup.uplink == wire.Dense() and plan.mask is None and setup.carry is None
     return silent and raw
 
 
-def _plain(setup: Setup, plan: Plan, clients: Sequence[int], done: Together) -> Alike | None:
-    """`finish` for all clients at once; None where some value is not finite."""
+def _plain(stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], done: Together) -> Alike | None:
+    """`finish` for all clients at once, and the mean of their messages; None where some value is not finite."""
     update = sub(select(done.params, plan.upload), plan.params)  # [K, ...] - [...]
-    squares = {n: torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64) ** 2 for n, x in update.items()}
-    fine = torch.isfinite(torch.stack([*squares.values(), torch.tensor(done.losses, dtype=torch.float64)])).all()
+    trees: Message = {"update": update}
+    if setup.moments:
+        trees["moments"] = {name: _squares(x) for name, x in update.items()}
+    trees["steps"] = {"steps": torch.tensor(done.steps, dtype=torch.float64)}
+    fine = all(map(math.isfinite, done.losses))
     if not fine or not update:
         return None
+    weights = torch.tensor(setup.weights_of(clients), dtype=torch.float64)
+    shares, even = weights / weights.sum(), torch.full_like(weights, 1 / len(clients))
+    uniform = {*setup.method.uniform, *({"moments"} if "update" in setup.method.uniform else ())}
+    message: Message = {
+        tree: {name: _mean(x, even if tree in uniform else shares) for name, x in content.items()}
+        for tree, content in trees.items()
+    }
+    if not all(torch.isfinite(x).all() for content in message.values() for x in content.values()):
+        return None
+    one: Message = {
+        "update": {name: x[0] for name, x in update.items()},
+        "steps": {"steps": trees["steps"]["steps"][0]},
+    }
+    sizes = stack.sizes(setup, plan, clients[0], one, done.losses[0])
     row = Row(setup.method.init_client(plan.params), {})
-    each = {name: x.unbind() for name, x in update.items()}
-    moments = {name: x.unbind() for name, x in squares.items()} if setup.moments else {}
-    steps = torch.tensor(done.steps, dtype=torch.float64).unbind()
-    first: Message = {"update": {name: x[0] for name, x in each.items()}, "steps": {"steps": steps[0]}}
-    _, sizes = transmit_message(first, setup, plan, clients[0], done.losses[0])  # they follow from the shapes
-    replies = []
-    for i, client in enumerate(clients):
-        message: Message = {"update": {name: x[i] for name, x in each.items()}}
-        if setup.moments:
-            message["moments"] = {name: x[i] for name, x in moments.items()}
-        message["steps"] = {"steps": steps[i]}
-        replies.append(Reply(client, message, row, sizes, done.losses[i], done.steps[i], None))
-    stacks: Message = {"update": update, "steps": {"steps": torch.stack(steps)}}
-    return Alike(replies, stacks | ({"moments": squares} if setup.moments else {}))
+    figures = zip(clients, done.losses, done.steps, strict=True)
+    replies = [Reply(c, {}, row, sizes, loss, steps, None) for c, loss, steps in figures]
+    replies[0] = replies[0]._replace(message=message, members=tuple(clients))
+    return Alike(replies)
+
+
+def _mean(x: Tensor, shares: Tensor) -> Tensor:
+    """Weighted by shares [K]: of [K, ...], in its own precision."""
+    made: Tensor = (shares.to(x.dtype) @ x.reshape(len(x), -1)).view(x.shape[1:])
+    return made
+
+
+def _squares(x: Tensor) -> Tensor:
+    """Sums of squares [K] of [K, ...]: of each row in x's own precision, over the rows in float64."""
+    rows = x.reshape(len(x), -1, x.shape[-1] if x.dim() > 1 else 1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+    return norms.double().square_().sum(1)
 
 
 def _stacked(trees: Sequence[Params]) -> Params:
@@ -331,11 +380,16 @@ def _filled(parts: Sequence[Batch], b: int) -> Batch:
     return torch.stack([_longer(part, b) for part in parts])  # type: ignore[arg-type]
 
 
-def _shaped(x: Batch, span: slice, m: int) -> Batch:
-    """These rows as [m, b, ...]."""
+def _shaped(x: Batch, span: slice, m: int, b: int) -> Batch:
+    """These rows as [m, b, ...], the first b of each client's."""
     if isinstance(x, dict):
-        return {key: value[span].view(m, -1, *value.shape[1:]) for key, value in x.items()}
-    return x[span].view(m, -1, *x.shape[1:])
+        return {key: _cut(value[span], m, b) for key, value in x.items()}
+    return _cut(x[span], m, b)
+
+
+def _cut(x: Tensor, m: int, b: int) -> Tensor:
+    x = x.view(m, -1, *x.shape[1:])
+    return x if x.shape[1] == b else x[:, :b]
 
 
 def _some(x: Batch, members: list[int], size: int) -> Batch:
