@@ -57,7 +57,7 @@ def cifar10(
 
     Args:
         clients: how many.
-        partition: a rule of `PARTITIONS`.
+        partition: the rule of the split, such as iid or dirichlet:0.5 (`lamina list partitions`).
         seed: of the split.
         augment: in training, crop at random after padding by 4 and mirror.
         folder: holds the raw files; see `lamina.data.fetch`.

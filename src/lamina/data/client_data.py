@@ -7,6 +7,8 @@ Errors of this package (DataError):
     E212  x and y of different lengths        E217  an index outside the examples
     E213  names: twice the same, or unknown   E218  not to be read as tensors
     E214  a number that is not finite         E219  an optional package is missing
+    E221  no such file or folder              E222  no such column
+    E223  a cell that cannot be used          E224  a label or category outside the known ones
 """
 
 from __future__ import annotations
@@ -15,18 +17,23 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
-from lamina.data.partition import split
+from lamina.data import csv_table, hugging_face, parquet
+from lamina.data import folders as client_folders
+from lamina.data.partition import hold_out, split
+from lamina.data.parts import parts
+from lamina.data.reading import TableArguments, reading
 from lamina.data.transform import Batch, Identity, Images, Transform
-from lamina.errors import ConfigError, DataError
+from lamina.errors import ConfigError, DataError, expect
 
 POOLED = "pooled"  # the `partition` of what `pooled` makes
 CHUNK = 1 << 22  # entries looked at in one go by the check for finite numbers
@@ -36,7 +43,7 @@ CHUNK = 1 << 22  # entries looked at in one go by the check for finite numbers
 class ClientData:
     """The data of a federation. Nobody writes into its tensors: they may be read-only memory maps.
 
-    Usually made by `from_clients`, `from_dataset` or `from_index`. An example may be held by several clients, or none.
+    Usually made by one of its functions `from_...`. An example may be held by several clients, or none.
 
     Args:
         x: train examples, a tensor or a dict of tensors of equal length; the first axis = examples.
@@ -201,6 +208,35 @@ class ClientData:
             check=False,
         )
 
+    def held_out(self, share: float, seed: int = 0, *, client_tests: bool = False) -> ClientData:
+        """The same, with a share of every client's examples as test set instead of training.
+
+        Args:
+            share: of each client's examples, rounded; every client keeps at least one to train on.
+            seed: of the draw.
+            client_tests: each client's part is its own test set too.
+
+        Raises:
+            ConfigError: no client has enough examples, or there is a test set, or clients share examples.
+        """
+        expect(self.test is None and self.client_tests is None, "there is a test set already", where="held_out")
+        expect(
+            len(self.indices) == len(self._held()),
+            "clients share examples, so one's test example would be another's training example",
+            where="held_out",
+        )
+        train, test = hold_out({name: self.indices_of(i) for i, name in enumerate(self.names)}, share, seed)
+        offsets, indices = _csr([*train.values()])
+        own = {name: self.examples(part) for name, part in test.items() if len(part)} if client_tests else None
+        return replace(
+            self,
+            offsets=offsets,
+            indices=indices,
+            test=self.examples(torch.cat([*test.values()])),
+            client_tests=own,
+            check=False,
+        )
+
     def among(self, names: Sequence[str]) -> ClientData:
         """The same clients and examples, among further clients of which there are no examples here.
 
@@ -281,6 +317,8 @@ class ClientData:
         client_tests: Mapping[str, tuple[Any, Any]] | None = None,
         transform: Transform | None = None,
         name: str = "custom",
+        test_share: float = 0.0,
+        seed: int = 0,
     ) -> ClientData:
         """From data that is split already.
 
@@ -290,8 +328,11 @@ class ClientData:
             client_tests: (x, y) by client name.
             transform: `Identity()` if None.
             name: of the data set.
+            test_share: instead of `test`: of every client's examples, see `held_out`.
+            seed: of that draw.
 
         Raises:
+            ConfigError: an impossible test_share.
             DataError: E210 to E218.
         """
         parts = {str(key): _pair(value, f"client {key!r}") for key, value in clients.items()}
@@ -309,7 +350,7 @@ class ClientData:
             _check_alike(x, first[0], f"{where}: x")
             _check_alike(y, first[1], f"{where}: y")
         ends = np.cumsum([_length(x) for x, _ in parts.values()])
-        return cls(
+        made = cls(
             _concatenate([x for x, _ in parts.values()]),
             _concatenate([y for _, y in parts.values()]),
             tuple(parts),
@@ -320,6 +361,7 @@ class ClientData:
             transform=transform or Identity(),
             name=name,
         )
+        return made.held_out(test_share, seed) if test_share else made
 
     @classmethod
     def from_dataset(
@@ -327,12 +369,13 @@ class ClientData:
         train: Any,
         test: Any = None,
         *,
-        clients: int | None,
+        clients: int | None = None,
         partition: str = "iid",
         seed: int = 0,
         transform: Transform | None = None,
         name: str = "custom",
         columns: Mapping[str, Sequence[Any]] | None = None,
+        test_share: float = 0.0,
     ) -> ClientData:
         """From one data set, split by a rule of `lamina.data.partition`.
 
@@ -343,11 +386,13 @@ class ClientData:
                 int64 or torch's default float.
             test: likewise, or None.
             clients: how many; None with `column:NAME`.
-            partition: the rule. `column:NAME` makes one client of each value of columns[NAME], sorted.
-            seed: of the split.
+            partition: the rule. `column:NAME` makes one client of each value of columns[NAME], or of the attribute NAME
+                of a Dataset, sorted.
+            seed: of the split, and of `test_share`.
             transform: if None, `Identity()`, or for Pillow images `Images` with mean 0 and std 1.
             name: of the data set.
             columns: by name, one value per train example.
+            test_share: instead of `test`: of every client's examples, see `held_out`.
 
         Raises:
             ConfigError: an impossible partition.
@@ -356,7 +401,8 @@ class ClientData:
         x, y, pictures = _read(train, "train")
         _check_pair(x, y, "train")
         if partition.startswith("column:"):
-            names, parts = _by_column(partition.removeprefix("column:"), columns or {}, clients, _length(x))
+            column = partition.removeprefix("column:")
+            names, parts = _by_column(column, columns or _attribute(train, column), clients, _length(x))
         else:
             if clients is None:
                 raise ConfigError(f"clients=None: {partition} needs a number of clients", where="clients")
@@ -367,7 +413,7 @@ class ClientData:
             names = [str(client) for client in range(clients)]
         if transform is None:
             transform = Images((0.0,) * x.shape[3], (1.0,) * x.shape[3]) if pictures else Identity()  # type: ignore[union-attr]
-        return cls(
+        made = cls(
             x,
             y,
             tuple(names),
@@ -377,6 +423,91 @@ class ClientData:
             name=name,
             partition=partition,
         )
+        return made.held_out(test_share, seed) if test_share else made
+
+    @classmethod
+    def from_csv(cls, file: str | Path, *, delimiter: str = ",", **how: Unpack[TableArguments]) -> ClientData:
+        """From a CSV file: UTF-8, the first line names the columns.
+
+        Args:
+            file: relative to the current folder, as everywhere in Python.
+            delimiter: between cells.
+            y: the column of the labels, texts or whole numbers. A label is its position among all of them, sorted.
+            x: the columns of the examples, in this order; by default all others. Their cells are finite numbers
+                (float32), or see `categorical` and `encode`.
+            client: the column that says whose a row is: a client for every value, sorted. Without it, the rows are
+                split:
+            clients, partition: into as many clients (10) by a rule of `lamina.data.PARTITIONS` ("iid").
+            classes: all labels that there may be, in their order, or how many (0, 1, ...). Parties that read files of
+                their own must agree on it.
+            regression: y is no label but a number, or `y` a list of such columns: float32 [n, columns of y].
+            categorical: columns of x that hold texts: each becomes a column of 0 and 1 for every text, sorted.
+            standardise: every column of x has mean 0 and deviation 1 over all training examples, of all clients: in a
+                real federation they would have to agree on these two numbers.
+            encode: makes the examples of one column x, such as a text: called with the list of its values, it gives an
+                array with a row for each, of the dtype that the model takes.
+            size: (height, width) that images are scaled to.
+            test: a file of test examples, with the same columns; that of the clients may be missing.
+            test_share: instead of it: of every client's examples, rounded, drawn at random.
+            client_tests: a client's examples among those of the test are its own test set too.
+            seed: of the split and of the draw.
+            transform: as for `ClientData`; for images by default `Images` with mean 0 and std 1.
+            name: of the data set; by default the file's.
+
+        Raises:
+            ConfigError: arguments that do not fit together, an impossible partition or share.
+            DataError: E210 to E224, with file and line.
+        """
+        read = csv_table.by(delimiter)
+        return cls.from_index(**parts(read, file, reading("from_csv", how), name=Path(file).stem))
+
+    @classmethod
+    def from_parquet(cls, file: str | Path, **how: Unpack[TableArguments]) -> ClientData:
+        """From a parquet file, by pyarrow (extra `parquet`): arguments and errors as `from_csv`; rows count from 0.
+
+        A column of x that holds lists of equal length is taken alone: x="pixels".
+        """
+        return cls.from_index(**parts(parquet.read, file, reading("from_parquet", how), name=Path(file).stem))
+
+    @classmethod
+    def from_hf(
+        cls, dataset: Any, *, column: str | None = None, split: str = "train", **how: Unpack[TableArguments]
+    ) -> ClientData:
+        """From a data set of Hugging Face (extra `hf`): arguments and errors as `from_csv`, and
+
+        Args:
+            dataset: a `Dataset` or a `DatasetDict` of the package `datasets`; the folder of a saved one; or its name on
+                the Hub, from where it is fetched unless LAMINA_OFFLINE is set.
+            column: that says whose a row is, as `client` elsewhere.
+            split: of a DatasetDict, for training.
+            test: another split of it, or a Dataset.
+        """
+        asked = reading("from_hf", {"client": column, **how})
+        return cls.from_index(**hugging_face.parts_of(dataset, split, asked))
+
+    @classmethod
+    def from_folders(cls, folders: str | Path, **how: Unpack[TableArguments]) -> ClientData:
+        """From a folder or a file for each client, which gives the client its name: `from_folders("data/*/")`.
+
+        A client's folder holds
+
+        - a folder of images for each class, by Pillow (extra `demo`): uint8 [n, H, W, C], grey where all are, or
+        - files .npz or .safetensors with arrays `x` and `y`, which keep their dtype (float64 becomes float32), or
+        - files .csv or .parquet, which need `y=`;
+
+        and `from_folders("data/*.csv", y="label")` takes a file for each client. Hidden files and others are left out.
+        Nothing that is pickled is read.
+
+        Args:
+            folders: a pattern, or the folder in which the clients' lie.
+            x, y: names of the arrays or columns, see `from_csv`.
+            test: a folder (or file) like that of one client.
+            **how: the other arguments of `from_csv`.
+
+        Raises:
+            ConfigError, DataError: as `from_csv`.
+        """
+        return cls.from_index(**client_folders.parts_of(folders, how))
 
     @classmethod
     def from_index(
@@ -606,13 +737,24 @@ def _is_labels(y: Tensor) -> bool:
     return y.ndim == 1 and not y.is_floating_point() and not y.is_complex() and y.dtype != torch.bool
 
 
+def _attribute(dataset: Any, name: str) -> dict[str, Sequence[Any]]:
+    """A column that a Dataset carries as an attribute, itself or the one that it is a Subset of."""
+    if isinstance(dataset, Subset):
+        found = _attribute(dataset.dataset, name)
+        return {name: [found[name][i] for i in dataset.indices]} if found else {}
+    values: Any = getattr(dataset, name, None)
+    return {name: values} if hasattr(values, "__len__") and hasattr(values, "__getitem__") else {}
+
+
 def _by_column(
     column: str, columns: Mapping[str, Sequence[Any]], clients: int | None, length: int
 ) -> tuple[list[str], list[Tensor]]:
     where = f"column:{column}"
     if column not in columns:
         raise ConfigError(
-            f"no column {column!r}: known are {sorted(columns) or 'none'}", where=where, remedy="pass columns="
+            f"no column {column!r}: known are {sorted(columns) or 'none'}",
+            where=where,
+            remedy=f"pass columns={{{column!r}: values}}, or a Dataset with an attribute {column!r}",
         )
     values = np.asarray(columns[column])
     if values.shape != (length,):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,6 +101,30 @@ def split(spec: str, labels: Tensor | None, clients: int, seed: int, n: int) -> 
         else:
             parts = _dirichlet(_number(values[0], float, "a", where), classes, clients, draws)
     return [torch.from_numpy(np.sort(part).astype(np.int64)) for part in parts]
+
+
+def hold_out(groups: Mapping[str, Tensor], share: float, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Training and test examples of each client: its own order, a share of them drawn at random for the test.
+
+    Every client keeps at least one to train on; where its share rounds to nothing, it has none in the test.
+
+    Raises:
+        ConfigError: no client has so many examples that one is left for the test.
+    """
+    expect(0 < share < 1, f"test_share={share}: expected 0 < test_share < 1", remedy="0.2 is a fifth of each client's")
+    draws = np.random.RandomState(np.random.Philox(key=address(seed, "test share")))
+    train, test = {}, {}
+    for name, held in groups.items():
+        tested = np.zeros(len(held), np.bool_)
+        tested[draws.permutation(len(held))[: min(round(share * len(held)), len(held) - 1)]] = True
+        chosen = torch.from_numpy(tested)
+        train[name], test[name] = held[~chosen], held[chosen]
+    expect(
+        any(len(part) for part in test.values()),
+        f"test_share={share}: no client has enough examples for one to be held out",
+        remedy="a larger share, fewer clients, or a test set of its own",
+    )
+    return train, test
 
 
 def _quantity(b: float, clients: int, n: int, draws: np.random.RandomState) -> list[Ints]:
