@@ -12,6 +12,7 @@ from lamina import wire
 from lamina.aggregate import total
 from lamina.client import Reply
 from lamina.method import Plan
+from lamina.network import Exchange
 from lamina.record import ClientRecord, LayerRecord, Traffic
 from lamina.tree import Message, Params, squared_norm
 
@@ -32,6 +33,7 @@ class Books:
         self.up: Counter[tuple[str, str]] = Counter()
         self.down: Counter[tuple[str, str]] = Counter()
         self.clients: list[ClientRecord] = []
+        self.exchanges: dict[str, list[Exchange]] = defaultdict(list)  # by phase
         self.events: list[dict[str, str]] = []
         self.accepted = 0
         self.before: list[float | None] = []  # accuracy of the accepted clients' own models
@@ -53,6 +55,7 @@ class Books:
 
     def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, phase: str) -> None:
         refused = None if reply.refused is None else reply.code
+        self.exchanges[phase].append(Exchange(c, up, down, reply.steps))
         if phase == "round":
             self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
             self.accepted += refused is None

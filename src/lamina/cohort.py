@@ -1,15 +1,21 @@
-"""Who takes part in a round, and how many of them must."""
+"""Who takes part in a round: who is there, who of them is drawn, and how many must answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
-from lamina.errors import expect, is_number, is_whole, meant
+from lamina.errors import ConfigError, expect, is_number, is_whole, meant
 from lamina.random import generator
+
+_PATIENCE = 10_000  # rounds
+
+There: TypeAlias = Callable[[int, int], bool]  # (round, client) -> whether the client is available in that round
 
 
 @dataclass(frozen=True)
@@ -50,21 +56,107 @@ class Faults:
         return made
 
 
-def draw(seed: int, key: int, clients: int, m: int) -> tuple[int, ...]:
-    """m of the clients, uniformly without replacement, ascending.
+def draw(seed: int, key: int, clients: int, m: int, there: There | None = None) -> tuple[int, ...]:
+    """m of the clients, uniformly without replacement, ascending; fewer, down to none, where fewer are available.
 
     Args:
         key: the round that stands for the whole hold: ``round - round % hold``.
+        there: who is available; None: everybody.
 
     For up to half of the clients, positions are drawn one by one until m different ones are there, so the cost follows
     m, not the population; for more, the first m of a permutation are taken.
     """
-    if m >= clients:
+    if there is None and m >= clients:
         return tuple(range(clients))
     source = generator(seed, "cohort", key)
     if 2 * m > clients:
-        return tuple(sorted(torch.randperm(clients, generator=source)[:m].tolist()))
+        order = torch.randperm(clients, generator=source).tolist()
+        return tuple(sorted([c for c in order if there is None or there(key, c)][:m]))
     chosen: set[int] = set()
-    while len(chosen) < m:
-        chosen.add(int(torch.randint(clients, (1,), generator=source)))
+    absent: set[int] = set()
+    while len(chosen) < m and 2 * (len(chosen) + len(absent)) <= clients:
+        c = int(torch.randint(clients, (1,), generator=source))
+        if c not in chosen and c not in absent:
+            (chosen if there is None or there(key, c) else absent).add(c)
+    if len(chosen) < m and there is not None:  # few are left: one after the other, instead of by chance
+        rest = [c for c in torch.randperm(clients, generator=source).tolist() if c not in chosen and c not in absent]
+        chosen.update([c for c in rest if there(key, c)][: m - len(chosen)])
     return tuple(sorted(chosen))
+
+
+def draw_there(seed: int, key: int, clients: int, m: int, there: There) -> tuple[int, ...]:
+    """The same among those who are available. A round in which nobody is waits for the next one in which somebody is,
+    at most 10,000 rounds; then nobody is drawn."""
+    for later in range(_PATIENCE):
+        drawn = draw(seed, key, clients, m, lambda t, c, later=later: there(t + later, c))  # type: ignore[misc]
+        if drawn:
+            return drawn
+    return ()
+
+
+def availability(said: str, names: Sequence[str], seed: int) -> There | None:
+    """Who is available when.
+
+    Args:
+        said: "always"; "random:P", each client in each round with probability P; "day:SHARE:PERIOD", each client for
+            this share of a period of so many rounds, which begins at a time of its own; or "file:PATH", a CSV file with
+            columns `client`, `from`, `to`: the rounds, first and last, in which a client is there; who is not named in
+            it is always there.
+
+    Raises:
+        ConfigError: E103 for anything else.
+    """
+    kind, _, rest = said.partition(":")
+    where = "availability"
+    if said == "always":
+        return None
+    if kind == "random":
+        p = _share(rest, said)
+        return lambda t, c: float(torch.rand((), generator=generator(seed, "available", t, c), dtype=torch.float64)) < p
+    if kind == "day":
+        first, _, last = rest.partition(":")
+        p = _share(first, said)
+        fine = last.isdecimal() and int(last) >= 1
+        expect(fine, f"{said!r}: expected day:SHARE:PERIOD with a period of rounds >= 1", code="E103", where=where)
+        period = int(last)
+
+        def awake(t: int, c: int) -> bool:
+            start = float(torch.rand((), generator=generator(seed, "available", 0, c), dtype=torch.float64))
+            return (t / period + start) % 1.0 < p
+
+        return awake
+    if kind == "file" and rest:
+        spans = _spans(Path(rest), names)
+        return lambda t, c: c not in spans or any(first <= t <= last for first, last in spans[c])
+    known = "always, random:P, day:SHARE:PERIOD or file:PATH"
+    raise ConfigError(f"{said!r}: expected {known}", code="E103", where=where)
+
+
+def _share(text: str, said: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    expect(0 < share <= 1, f"{said!r}: expected a share, 0 < share <= 1", code="E103", where="availability")
+    return share
+
+
+def _spans(path: Path, names: Sequence[str]) -> dict[int, list[tuple[int, int]]]:
+    where = f"availability, {path}"
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", code="E103", where="availability") from error
+    titles = set(rows[0]) if rows else set()
+    expect({"client", "from", "to"} <= titles, "expected the columns client, from, to", code="E103", where=where)
+    positions = {name: i for i, name in enumerate(names)}
+    spans: dict[int, list[tuple[int, int]]] = {}
+    for number, row in enumerate(rows, start=2):
+        at = f"{where}:{number}"
+        expect(row["client"] in positions, f"no client {row['client']!r}", code="E103", where=at)
+        whole = all((row[key] or "").isdecimal() for key in ("from", "to"))
+        fine = whole and int(row["from"]) <= int(row["to"])
+        expect(fine, f"{row['from']!r} to {row['to']!r}: expected rounds, first and last", code="E103", where=at)
+        spans.setdefault(positions[row["client"]], []).append((int(row["from"]), int(row["to"])))
+    return spans

@@ -69,7 +69,8 @@ class RoundRecord:
     loss: float | None = None
     personal_accuracy: float | None = None  # mean over the clients' own test sets
     accuracy_before: float | None = None  # mean over the clients' models before aggregation, on the test set
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     events: tuple[dict[str, str], ...] = ()
     fedavg_up: int = 0  # what FedAvg with fp32 would have sent in this round
     fedavg_down: int = 0
+    network_seconds: float | None = None  # on the virtual network, if there is one

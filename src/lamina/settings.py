@@ -21,7 +21,7 @@ from lamina.entry import anchored, is_entry
 from lamina.errors import ConfigError, meant
 
 PARTS = ("model", "data", "method", "uplink", "downlink")  # sections that name something
-SECTIONS = (*PARTS, "local", "run", "faults", "metrics")
+SECTIONS = (*PARTS, "local", "run", "faults", "stop", "network", "metrics")
 _OWN_VARIABLES = ("LAMINA_RUNS", "LAMINA_OFFLINE", "LAMINA_DATA", "LAMINA_MKL")  # of the environment, not keys
 
 Key = tuple[str, ...]  # ("method", "phi"), or ("method", "0", "phi") in a chain
@@ -55,11 +55,12 @@ def collect(
     return values
 
 
-def merged(layers: Sequence[tuple[str, Mapping[str, Any]]]) -> Values:
-    """What tables in the form of a TOML file say together, the lowest first, each with its origin."""
+def merged(layers: Sequence[tuple[str, Mapping[str, Any]]], arguments: Sequence[str] = ()) -> Values:
+    """What tables in the form of a TOML file say together, the lowest first, each with its origin; then `key=value`."""
     values: Values = {}
     for origin, tree in layers:
         _lay(values, {path: (value, origin) for path, value in _flat(tree)})
+    _lay(values, _command_line(arguments))
     return values
 
 
@@ -204,6 +205,9 @@ def _part_keys(path: Key, value: Any) -> Iterator[tuple[Key, Any]]:
             yield (*path, key), inner
     elif isinstance(value, str) and path[0] in PARTS:
         yield (*path, "entry" if is_entry(value) else "name"), value
+    elif path == ("metrics",) and isinstance(value, str | list):  # names, or entries by the last word of theirs
+        for name in [value] if isinstance(value, str) else value:
+            yield (*path, str(name).rpartition(":")[2]), name
     else:
         yield path, value
 
