@@ -360,4 +360,4 @@ def test_recipes_are_listed_with_what_they_cost(monkeypatch: pytest.MonkeyPatch)
     row = next(line for line in plain.splitlines() if "fedlama-cifar10" in line)
     assert "about 12 minutes" in row
     assert "2110.10302" in row
-    assert all(0 < len(cli._duration(v.size)) < 30 for r in RECIPES.values() for v in (r.published, r.scaled))
+    assert all(0 < len(cli.looking._duration(v.size)) < 30 for r in RECIPES.values() for v in (r.published, r.scaled))

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lamina import runs
+from lamina.compare import compare
+from lamina.comparison import as_text
 from lamina.config import Config, build, data_of, load
 from lamina.errors import ConfigError, DataError, StorageError
 from lamina.runs import Run, Watcher
-from lamina.terminal import Fetching, comparison, fields
+from lamina.terminal import Fetching, fields
 
 PHI = 4
 EVERY = 2  # rounds between two tests, which cost as much as a third of the training
@@ -43,7 +45,7 @@ def demo(rounds: int, data: str | None, root: Path, watcher: Watcher, fetching: 
 
 
 def verdict(made: Sequence[Run], width: int | None) -> list[str]:
-    rows = runs.compare(made)
+    rows = compare(made)
     share = 100 * rows[1]["bytes_up"] / rows[0]["bytes_up"]
     before, after = rows[0]["accuracy"], rows[1]["accuracy"]
     kept = "" if before is None or after is None else f", at {100 * (after - before):+.1f} points of accuracy"
@@ -55,7 +57,7 @@ def verdict(made: Sequence[Run], width: int | None) -> list[str]:
         said = f"no layer of FedLAMA(phi={PHI}) has waited yet, so nothing was saved: more rounds show a difference"
     said += f" · FedLAMA keeps each cohort for {PHI} rounds, FedAvg draws one per round · one seed: no more than a demo"
     paths = " and ".join(row["run"] for row in rows)
-    return [*comparison(rows, width), "", *fields([("so", said), ("runs", paths)], width)]
+    return [*as_text(rows, width), "", *fields([("so", said), ("runs", paths)], width)]
 
 
 def _config(data: str, rounds: int, *method: str) -> Config:

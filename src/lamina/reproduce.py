@@ -7,7 +7,6 @@ OUT/<recipe>[-scaled].md  .json         the table, for people and for programs
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -16,20 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lamina import runs
-from lamina.config import Config, build
+from lamina.compare import measured
 from lamina.data import DATASETS, cached, download
 from lamina.engine import cores
 from lamina.entry import is_entry, short
-from lamina.errors import RunError, StorageError, expect, is_whole, meant
-from lamina.folder import document, finite, read_environment, replace, standing, storing
+from lamina.errors import expect, is_whole, meant
+from lamina.folder import document, finite, read_environment, replace, storing
 from lamina.machine import cpu_name, installed
 from lamina.recipes import RECIPES
 from lamina.recipes.recipe import Arm, Extra, Outcome, Recipe, Table, Variant, Verdict, accuracy, judged, percent
 from lamina.runs import Run, Watcher
-from lamina.terminal import Column, Fetching, clock, markdown, share, sizes
-
-DIVERGED = "E310"  # no message of a round could be used: a result of its arm
+from lamina.sweep import diverged, finished, run_once
+from lamina.tabular import markdown
+from lamina.terminal import Column, Fetching, clock, sizes, spread
 
 
 class Report(NamedTuple):
@@ -130,62 +128,13 @@ def _folder(root: Path, name: str, label: str, seed: int) -> Path:
 # ---- one run
 
 
-def run_once(folder: Path, config: Config, watcher: Watcher) -> Run:
-    """The run of this config in this folder: as it is, gone on with, or begun."""
-    done = finished(folder, config)
-    if done is not None:
-        return done
-    try:
-        if (folder / "run.json").exists():
-            return runs.resume(folder, progress=watcher)
-        return runs.fit(build(config), config.rounds, folder, progress=watcher, config=config)
-    except RunError as error:
-        if error.code != DIVERGED:
-            raise
-        watcher.note(f"diverged, which is a result: {error.message}")
-        return Run.open(folder)
-
-
-def finished(folder: Path, config: Config) -> Run | None:
-    """The run in this folder, if it has come to an end, by success or by divergence.
-
-    Raises:
-        StorageError: E402, it is of other settings.
-    """
-    if not (folder / "run.json").exists():
-        return None
-    run = Run.open(folder)
-    before = read_environment(folder).get("config", {})
-    after = json.loads(json.dumps(config.fixed))
-    other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
-    other += ["rounds"] if run.info["rounds"] != config.rounds else []
-    if other:
-        raise StorageError(
-            f"{folder} holds a run of other settings: {', '.join(other)}",
-            code="E402",
-            where=str(folder),
-            remedy="move it away, or give another folder with --run-dir",
-        )
-    return run if run.info["status"] == "done" or diverged(run) is not None else None
-
-
-def diverged(run: Run) -> int | None:
-    """The round in which every message was refused."""
-    failed = run.info["status"] == "failed" and str(run.info.get("error")).startswith(DIVERGED)
-    return int(run.info["rounds_done"]) if failed else None
-
-
 def outcome(run: Run, seed: int) -> Outcome:
-    final, best, lost = run.final, run.best, diverged(run)
+    figures, lost = measured(run), diverged(run)
     return Outcome(
         seed=seed,
-        accuracy=standing(final, run.personal) if final is not None and lost is None else None,
-        accuracy_round=final.round if final is not None and lost is None else None,
-        best=standing(best, run.personal) if best is not None else None,
-        bytes_up=run.info["bytes_up"],
-        bytes_down=run.info["bytes_down"],
-        rounds=run.info["rounds_done"],
-        seconds=run.info["seconds"],
+        accuracy=figures["accuracy"] if lost is None else None,
+        accuracy_round=figures["accuracy_round"] if lost is None else None,
+        **{key: figures[key] for key in ("best", "bytes_up", "bytes_down", "rounds", "seconds")},
         refused=sum(row.refused for row in run.records),
         diverged=lost,
         personal=run.personal,
@@ -286,8 +235,7 @@ def claims(variant: Variant, verdicts: Sequence[Verdict]) -> list[str]:
 def _spread(arm: Arm, of: str) -> str:
     if of == "accuracy" and arm.diverged:
         return accuracy(arm).removeprefix(f"{arm.label} ")
-    mean, deviation = arm.mean(of), arm.deviation(of)
-    return share(mean) + ("" if deviation is None else f" ± {share(deviation)}")
+    return spread(arm.mean(of), arm.deviation(of))
 
 
 def _bytes(arm: Arm, of: str) -> str:

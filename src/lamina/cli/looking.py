@@ -1,52 +1,18 @@
-"""`lamina compare`, `verify`, `list`: what was run, and what there is."""
+"""`lamina verify`, `list`: what was run, and what there is."""
 
 from __future__ import annotations
 
-import csv
 import itertools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.base import Json, NoColor, RunDir, find, find_all, guarded, say
+from lamina.cli.base import Json, NoColor, RunDir, find, guarded, say
 from lamina.errors import ConfigError, LaminaError, StorageError
 
 if TYPE_CHECKING:
     from lamina.terminal import Column
-
-
-@guarded
-def compare(
-    paths: Annotated[list[str], typer.Argument(metavar="RUN...", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Also runs on different splits.")] = False,
-    md: Annotated[bool, typer.Option("--md", help="A Markdown table.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Exact numbers, separated by commas.")] = False,
-    run_dir: RunDir = None,
-    json: Json = False,
-    no_color: NoColor = False,
-) -> None:
-    """Accuracy and bytes of runs, side by side: folders, numbers (003) or ranges (001-004) of the latest experiment."""
-    from lamina import runs, terminal
-
-    root = runs.runs_root(run_dir)
-    folders = {folder.resolve(): folder for path in paths for folder in find_all(path, root)}
-    found = [runs.Run.open(folder) for folder in folders.values()]
-    rows = runs.compare(found, force=force)
-    out = terminal.console(no_color=no_color)
-    if json:
-        for row in rows:
-            terminal.emit(row)
-    elif as_csv:
-        writer = csv.DictWriter(sys.stdout, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    elif md:
-        columns, same = terminal.compared(rows)
-        print("\n".join([*terminal.markdown(columns), "", same]))
-    else:
-        say(out, terminal.comparison(rows, terminal.width_of(out)))
 
 
 @guarded

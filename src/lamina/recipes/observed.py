@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from lamina.folder import read_log
 from lamina.runs import Run
-from lamina.terminal import Column, markdown
+from lamina.tabular import markdown
+from lamina.terminal import Column
 
 
 def by_round(run: Run, column: str) -> dict[int, dict[str, float]]:

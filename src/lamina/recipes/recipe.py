@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lamina.compare import deviation, mean
 from lamina.config import Config, load_tables
 from lamina.runs import Run
 
@@ -53,13 +54,12 @@ class Arm(NamedTuple):
 
     def mean(self, of: str) -> float | None:
         """Over seeds; None unless every run has the number."""
-        values = [getattr(o, of) for o in self.outcomes]
-        return None if not values or any(v is None for v in values) else statistics.fmean(values)
+        found = mean([getattr(o, of) for o in self.outcomes])
+        return None if found is None else float(found)
 
     def deviation(self, of: str) -> float | None:
         """Over seeds, with n - 1; None for fewer than two."""
-        values = [getattr(o, of) for o in self.outcomes]
-        return None if len(values) < 2 or any(v is None for v in values) else statistics.stdev(values)
+        return deviation([getattr(o, of) for o in self.outcomes])
 
 
 class Table(NamedTuple):
