@@ -31,6 +31,7 @@ PLACEMENT = "width placement"
 RESIDUAL = "residual connections"
 NORM = "normalisation"
 GUIDELINES = (WIDER, FIELD, PLACEMENT, RESIDUAL, NORM)  # the order of the advice
+CODES = {WIDER: "G208", FIELD: "G207", PLACEMENT: "G208", RESIDUAL: "G209", NORM: "W101"}  # `lamina explain CODE`
 
 ABSTRACT = "[abstract] of arXiv 2306.02701; the effect of this change alone is not published"
 CODE = "first author's code; no measurement of it is known"
