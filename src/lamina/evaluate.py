@@ -6,7 +6,7 @@ its workers like clients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from lamina.client import Setup
 from lamina.data.transform import Batch
 from lamina.errors import expect
 from lamina.method import Plan
+from lamina.metrics import Metric, Number, measured
 from lamina.store import Row
 from lamina.training import Loss, Trainer
 
@@ -78,9 +79,10 @@ def score_personal(trainer: Trainer, setup: Setup, plan: Plan, client: int, row:
 
 
 def score_at_once(
-    trainer: Trainer, setup: Setup, plan: Plan, metrics: Mapping[str, Callable[[Any, Any], float]]
-) -> tuple[Score, dict[str, float]]:
-    """The whole test set, with metrics that need its outputs and targets all at once."""
+    trainer: Trainer, setup: Setup, plan: Plan, metrics: Mapping[str, Metric]
+) -> tuple[Score, dict[str, Number]]:
+    """The whole test set, with metrics that need its outputs and targets all at once: in this process and on all its
+    cores, while the workers wait, and with all outputs in memory."""
     trainer.hold(plan)
     trainer.model.eval()
     test = _given(setup.data.test)
@@ -89,7 +91,7 @@ def score_at_once(
         outputs = [_forward(trainer, x) for x, _ in cuts]
         score = Score.total(_judge(setup.loss, output, y) for output, (_, y) in zip(outputs, cuts, strict=True))
         whole = torch.cat(outputs) if isinstance(outputs[0], Tensor) else outputs
-        return score, {name: float(metric(whole, test[1])) for name, metric in metrics.items()}
+        return score, measured(metrics, whole, test[1])
 
 
 def _score(trainer: Trainer, loss: Loss, examples: tuple[Batch, Batch]) -> Score:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional
 from lamina.data.client_data import ClientData
 from lamina.data.transform import Batch
 from lamina.errors import ConfigError
+from lamina.metrics import METRICS, Metric, measured
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 
 _TRIAL = 8  # examples
@@ -52,6 +54,19 @@ def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed:
     if error is not None:
         raise error
     return Trainer(model, loss, data, local, seed, nhwc)
+
+
+def try_metrics(trainer: Trainer, metrics: Mapping[str, Metric]) -> None:
+    """The metrics of the box on some test examples, on a copy of the model: whether they fit its outputs. A user's own
+    are not tried, as eight examples may be too few for them. Raises ConfigError E103."""
+    known = {name: metric for name, metric in metrics.items() if metric in METRICS.values()}
+    if not known or trainer.data.test is None:
+        return
+    x, y = (_first(part, _TRIAL) for part in trainer.data.test)
+    trial = copy.copy(trainer)
+    trial.model = copy.deepcopy(trainer.model).eval()
+    with torch.inference_mode(), addressed_rng(trainer.seed, "trial"):
+        measured(known, trial.forward(trial.arrange(trial.data.transform(x, None))), y)
 
 
 Pair = tuple[Batch, Batch]  # x and y, as the data has them

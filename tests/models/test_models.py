@@ -8,7 +8,7 @@ from lamina.models import MODELS
 
 def test_every_model_is_exported_under_its_name():
     assert all(getattr(lamina.models, name) is make and make.__name__ == name for name, make in MODELS.items())
-    assert set(lamina.models.__all__) == {*MODELS, "MODELS", "Field", "receptive_fields"}
+    assert set(lamina.models.__all__) == {*MODELS, "MODELS", "Field", "receptive_fields", "Frozen", "lora", "merged"}
 
 
 @pytest.mark.parametrize("name", MODELS)

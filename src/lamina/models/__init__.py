@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import nn
 
 from lamina.models.cnn import cnn, cnn1d, femnist_cnn, lenet5, pfl_cnn
+from lamina.models.lora import Frozen, lora, merged
 from lamina.models.mlp import mlp
 from lamina.models.receptive_field import Field, receptive_fields
 from lamina.models.resnet import (
@@ -57,12 +58,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 __all__ = [
     "MODELS",
     "Field",
+    "Frozen",
     "char_gru",
     "char_lstm",
     "cnn",
     "cnn1d",
     "femnist_cnn",
     "lenet5",
+    "lora",
+    "merged",
     "mlp",
     "pfl_cnn",
     "receptive_fields",

@@ -78,6 +78,13 @@ def lenet5(
 
     61,706 parameters for 1x28x28 (padded to 32 as in 1998) and for 1x32x32; 62,006 for 3x32x32.
     `activation="tanh", pooling="avg"` is closest to the original, the defaults are what is used today.
+
+    Args:
+        in_channels: channels of the input [B, in_channels, size, size].
+        num_classes: outputs.
+        size: side of the input, 28 or 32.
+        activation: behind every layer but the last.
+        pooling: after each convolution.
     """
     one_of("activation", activation, ("relu", "tanh"))
     one_of("pooling", pooling, ("max", "avg"))
@@ -98,7 +105,11 @@ def cnn1d(
     length: int = 128,
     dropout: tuple[float, float] = (0.0, 0.0),
 ) -> nn.Sequential:
-    """`cnn` over time, for windows [B, in_channels, length]: 274,342 parameters as it stands (HAPT, 6 activities)."""
+    """`cnn` over time, for windows [B, in_channels, length]: 274,342 parameters as it stands (HAPT, 6 activities).
+
+    Args:
+        length: of a window; all others as in `cnn`.
+    """
     count = len(wholes("channels", channels, fewest=1))
     pads = [_pad(padding, kernel)] * count
     return _network(
