@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import lamina.flower
 from lamina import ConfigError, RunError, StorageError, cli, config
-from lamina.flower import keys, project
+from lamina.flower import keys, project, rehearsal
 from lamina.flower.processes import Groups, free_ports
 from lamina.flower.rehearsal import Rehearsal, expect_guarded
 from lamina.flower.settings import NodeKeys, RunKeys, back
@@ -138,6 +138,15 @@ def test_commands_write_and_refuse(tmp_path: Path) -> None:
     assert run("parity", "rounds=3").exit_code == 2
     assert run("flower", "rehearse", "quickstart", "--host", "0.0.0.0").exit_code == 2
     assert run("flower", "rehearse", "quickstart", "--nodes", "0").exit_code == 2
+
+
+def test_what_cannot_be_sent_together_is_refused_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "Rehearsal", lambda *a, **k: pytest.fail("it was started"))
+    for uplink in ("int8", "topk:0.1"):
+        done = run("flower", "rehearse", "quickstart", f"uplink={uplink}", "--together")
+        assert done.exit_code == 2
+        assert "E118" in done.output
+        assert "together=True with uplink=" in done.output
 
 
 # ---- keys of runs and nodes

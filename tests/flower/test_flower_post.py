@@ -19,8 +19,9 @@ from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 from grid import FakeGrid, Node
 
+import lamina
 from lamina import ConfigError, RunError, StorageError, WireError, config, runs
-from lamina.flower import client_app, mod, post, project
+from lamina.flower import client, client_app, mod, post, project
 from lamina.flower import server as serving
 from lamina.flower.records import STYPE, framing, packed, unpacked
 from lamina.flower.settings import RunKeys
@@ -67,6 +68,12 @@ CONFIGS = {
 }
 
 
+def layers(folder: Path) -> list[dict[str, object]]:
+    """Without what clients keep back, which stays with them."""
+    lines = (folder / "layers.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "residual_norm"} for line in lines]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.filterwarnings("ignore:rounds=3 is no multiple")
 def test_model_and_ledger_are_those_of_the_simulator(name: str, tmp_path: Path) -> None:
@@ -75,8 +82,9 @@ def test_model_and_ledger_are_those_of_the_simulator(name: str, tmp_path: Path) 
     grid = joined(path, tmp_path)
     remote = served(path, grid, tmp_path)
     assert remote.info["final_sha256"] == local.info["final_sha256"]
-    for log in ("bytes.jsonl", "clients.jsonl", "layers.jsonl"):
+    for log in ("bytes.jsonl", "clients.jsonl"):
         assert (remote.path / log).read_text() == (local.path / log).read_text()
+    assert layers(remote.path) == layers(local.path)
     trains = [node for node, kind in grid.pushed if kind == "train"]
     assert len(trains) <= 2 * (3 + ("ssfl" in name))  # a message a node and round, and one for the probe
     assert grid.nodes[100].context.state["lamina"]["answered"] == trains.count(100)
@@ -94,6 +102,58 @@ def test_a_node_sends_its_clients_together(tmp_path: Path) -> None:
     for name, x in remote.state.params.items():
         torch.testing.assert_close(x, local.state.params[name], rtol=0, atol=1e-5)
     assert remote.info["bytes_up"] < local.info["bytes_up"] / 2
+
+
+def test_what_cannot_be_sent_together_is_refused_before_anybody_is_asked(tmp_path: Path) -> None:
+    path = app(tmp_path, "uplink=int8")
+    grid = joined(path, tmp_path)
+    with pytest.raises(ConfigError, match=r"together=True with uplink=.*int8"):
+        served(path, grid, tmp_path, together=True)
+    assert grid.pushed == []
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_nodes_without_a_client_are_let_be(together: bool, tmp_path: Path) -> None:
+    """Seven nodes have five clients: of every seven parts two are empty."""
+    path = app(tmp_path)
+    local = simulated(path)
+    grid = joined(path, tmp_path, 7)
+    remote = served(path, grid, tmp_path, nodes=7, together=together)
+    assert remote.info["final_sha256"] == local.info["final_sha256"]
+    assert len({node for node, kind in grid.pushed if kind == "query"}) == 7
+    assert len({node for node, kind in grid.pushed if kind == "train"}) == 5
+    assert not events(tmp_path)
+
+
+def test_a_node_has_no_more_processes_than_clients_to_train() -> None:
+    def few(clients: int, *keys: str) -> tuple[str, int | None]:
+        made = client._at_most(config.load("quickstart", keys, env={}), clients)
+        return made.engine, made.workers
+
+    assert few(1, "engine=processes", "workers=4") == ("loop", 1)
+    assert few(3, "engine=processes", "workers=4") == ("processes", 3)
+    assert few(1, "engine=auto", "workers=4") == ("auto", 1)
+    assert few(1, "engine=stacked", "workers=4") == ("stacked", 4)
+
+
+def test_a_letter_that_is_too_long_is_refused_by_its_length(tmp_path: Path) -> None:
+    path = app(tmp_path, "rounds=1")
+    grid = joined(path, tmp_path)
+    push = grid.push_messages
+
+    def longer(messages: Iterable[Message]) -> list[str | None]:
+        going = [*messages]
+        for message in going:
+            if message.metadata.message_type == "train" and message.metadata.dst_node_id == 100:
+                blob, about = unpacked(message.content)
+                message.content = packed(blob + bytes(1 << 20), about)
+        return push(going)
+
+    grid.push_messages = longer  # type: ignore[method-assign]
+    served(path, grid, tmp_path)
+    found = events(tmp_path)
+    assert found
+    assert all("E340" in why or "bytes, expected at most" in why for *_, why in found), found
 
 
 def test_a_message_is_one_array_and_a_few_words(tmp_path: Path) -> None:
@@ -428,3 +488,79 @@ def test_coded_arrays_that_do_not_fit_are_refused() -> None:
     grid._sent[name] = {"arrays": arrays(v=torch.ones(3))}
     with pytest.raises(WireError, match=r"not that of a coded record"):
         grid.pull_messages([name])
+
+
+# ---- signed
+
+
+SIGNED = "sign.key=env:LAMINA_KEY"
+SECRET = "canary-of-the-flower-tests-0123456789abcdef"
+
+
+def test_a_signed_run_is_the_same_and_goes_on_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KEY", SECRET)
+    path = app(tmp_path, SIGNED, "method=errorfeedback", "uplink=topk:0.05")
+    local = simulated(path)
+    grid = joined(path, tmp_path)
+    first = served(path, grid, tmp_path, rounds=2)
+    before = json.loads((first.path / "letters.json").read_text())
+    again = served(path, grid, tmp_path, resume=str(first.path), rounds=3)
+    after = json.loads((again.path / "letters.json").read_text())
+    assert again.info["final_sha256"] == local.info["final_sha256"]
+    assert (again.path / "bytes.jsonl").read_text() == (local.path / "bytes.jsonl").read_text()
+    assert after["run"] == before["run"]
+    assert after["start"] > before["start"]
+    assert not (local.path / "letters.json").exists()  # in a simulation nothing travels
+    for file in (*first.path.rglob("*"), *path.parent.rglob("*"), *(tmp_path / "state-0").rglob("*")):
+        assert not file.is_file() or SECRET.encode() not in file.read_bytes(), file
+
+
+def test_a_node_without_the_key_is_left_out_and_takes_nobody_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that it has the clients of node 100, and then, asked rightly, a forged roll."""
+    monkeypatch.setenv("LAMINA_KEY", SECRET)
+    path = app(tmp_path, SIGNED)
+    local = simulated(path)
+    grid = joined(path, tmp_path)
+    (tmp_path / "other.key").write_text("another key, of somebody else entirely")
+    (tmp_path / "other.key").chmod(0o600)
+    rogue = {"partition-id": 0, "num-partitions": 2, "sign.key": f"file:{tmp_path / 'other.key'}"}
+    grid.join(7, client_app(path), tmp_path / "state-7", **rogue)
+
+    def unsigned(message: Message, context: Context) -> Message:
+        return Message(packed(Roll({"0": 3}, lamina.__version__).packed()), reply_to=message)
+
+    grid.nodes[8] = Node(unsigned, 8, {})
+    remote = served(path, grid, tmp_path, nodes=2)
+    assert remote.info["final_sha256"] == local.info["final_sha256"]
+    printed = capsys.readouterr().out
+    assert "node 7 is left out" in printed
+    assert "node 8 is left out: E334" in printed
+    assert SECRET not in printed
+    assert {node for node, kind in grid.pushed if kind == "train"} == {99, 100}
+
+
+def test_a_server_without_the_key_learns_nothing_of_a_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KEY", SECRET)
+    signed, plain = app(tmp_path / "a", SIGNED), app(tmp_path / "b")
+    with pytest.raises(RunError) as caught:
+        served(plain, joined(signed, tmp_path), tmp_path)
+    assert caught.value.code == "E315"
+
+
+def test_a_nodes_error_does_not_carry_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAMINA_KEY", SECRET)
+    path = app(tmp_path, SIGNED)
+
+    def failing(*given: Any) -> Any:
+        raise ValueError(f"it says {SECRET}")
+
+    grid = joined(path, tmp_path)
+    monkeypatch.setattr(client, "_answered", failing)
+    with pytest.raises(RunError) as caught:
+        served(path, grid, tmp_path)
+    assert caught.value.code == "E311"
+    assert "ValueError" in caught.value.message
+    assert "***" in caught.value.message
+    assert SECRET not in str(caught.value)

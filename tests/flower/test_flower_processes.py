@@ -1,6 +1,7 @@
 """Flower's own programs on this machine: SuperLink, SuperNodes, runs. `make test-flower`; minutes.
 
-Every test is bounded in time, and checks that nothing is left of what it started.
+Every test is bounded in time, and checks that nothing is left of what it started. No test depends on how fast the
+machine is, up to its bounds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lamina.runs import Run
 
 pytestmark = pytest.mark.flower
 LIMIT_S = 900
+PATIENCE_S = 180
 SMALL = [
     "rounds=3", "data.clients=5", "cohort=all", "model.widths=[64,16,16,10]", "local.epochs=1", "engine=loop",
     "run.keep_clients_log=true",
@@ -42,12 +44,14 @@ def bounded(tmp_path: Path) -> Iterator[None]:
         raise TimeoutError(f"more than {LIMIT_S} s")
 
     before = signal.signal(signal.SIGALRM, over)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, inherited
     signal.alarm(LIMIT_S)
     try:
         yield
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGINT, interrupt)
     assert left(tmp_path) == []
 
 
@@ -137,8 +141,10 @@ def test_over_tls_only_nodes_with_a_key_on_the_list_take_part(tmp_path: Path) ->
     assert Run.open(outcome.folder).info["final_sha256"] == local.info["final_sha256"]
 
 
+@pytest.mark.slow
 def test_a_node_that_is_killed_is_lost_and_goes_on_when_it_is_back(tmp_path: Path) -> None:
-    """In round 1, with a plan in its hands. What its clients remember is on its disk: nobody begins anew."""
+    """In round 1, with a plan in its hands; where it is not back in time, in round 2 too. What its clients remember is
+    on its disk: nobody begins anew."""
     made = loaded("rounds=4", "method=errorfeedback", "uplink=topk:0.05", "faults.reply_deadline_s=60")
     project.write(made, tmp_path / "app")
     with Rehearsal(tmp_path, 2) as rehearsal:
@@ -147,7 +153,7 @@ def test_a_node_that_is_killed_is_lost_and_goes_on_when_it_is_back(tmp_path: Pat
             if event["event"] != "round" or event["round"] != 0:
                 return
             node = rehearsal.nodes[1]
-            rehearsal._groups.ready(node, r"(?s)(Receiving: train message.*){2}", 60)
+            rehearsal._groups.ready(node, r"(?s)(Receiving: train message.*){2}", PATIENCE_S)
             rehearsal.end_node(1, signal.SIGKILL)
             rehearsal.restart_node(1)
 
@@ -156,7 +162,8 @@ def test_a_node_that_is_killed_is_lost_and_goes_on_when_it_is_back(tmp_path: Pat
     assert outcome.folder is not None
     found = events(Run.open(outcome.folder))
     lost = sorted((row["round"], row["client"], row["code"]) for row in found)
-    assert lost == [(1, str(c), "E311") for c in (2, 3, 4)]
+    once = [(1, str(c), "E311") for c in (2, 3, 4)]
+    assert lost in (once, once + [(2, str(c), "E311") for c in (2, 3, 4)])
 
 
 def test_a_server_that_is_killed_goes_on_and_ends_with_the_same_model(tmp_path: Path) -> None:
@@ -177,7 +184,7 @@ def test_a_server_that_is_killed_goes_on_and_ends_with_the_same_model(tmp_path: 
     with Rehearsal(tmp_path, 2) as rehearsal:
         with pytest.raises(Killed):
             rehearsal.wait(rehearsal.submit(tmp_path / "app", keys_of_run), see)
-        rehearsal._groups.ready(rehearsal.nodes[1], r"(?s)(Receiving: train message.*){3}", 60)
+        rehearsal._groups.ready(rehearsal.nodes[1], r"(?s)(Receiving: train message.*){3}", PATIENCE_S)
         rehearsal._groups.end(rehearsal.link, how=signal.SIGKILL)
     assert Run.open(seen[0]).info["status"] == "running"
     with Rehearsal(tmp_path, 2) as rehearsal:
@@ -190,6 +197,7 @@ def test_a_server_that_is_killed_goes_on_and_ends_with_the_same_model(tmp_path: 
     assert events(run) == []
 
 
+@pytest.mark.slow
 def test_a_node_with_another_lamina_is_refused_with_both_versions(tmp_path: Path) -> None:
     other = tmp_path / "other" / "lamina-9.9.dist-info"
     other.mkdir(parents=True)
@@ -203,6 +211,7 @@ def test_a_node_with_another_lamina_is_refused_with_both_versions(tmp_path: Path
     assert f"a node runs lamina 9.9, the server {lamina.__version__}" in outcome.error
 
 
+@pytest.mark.slow
 def test_what_is_too_long_is_refused_by_its_length(tmp_path: Path) -> None:
     project.write(loaded("rounds=2"), tmp_path / "app")
     client = tmp_path / "app" / "client_app.py"
@@ -226,6 +235,7 @@ def rehearsed(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
+@pytest.mark.slow
 def test_a_rehearsal_ends_with_the_exit_code_of_its_run(tmp_path: Path) -> None:
     """`flwr run` itself ends with 0 whatever becomes of the run."""
     out, errors = rehearsed(tmp_path, "local.lr=1e30").communicate(timeout=LIMIT_S)
@@ -240,7 +250,7 @@ def test_a_rehearsal_ends_with_the_exit_code_of_its_run(tmp_path: Path) -> None:
     assert Run.open(said[-1]["run"]).info["status"] == "done"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_rehearsal_that_is_stopped_leaves_nothing_running(number: int, tmp_path: Path) -> None:
     process = rehearsed(tmp_path, "rounds=50")
     assert process.stdout is not None

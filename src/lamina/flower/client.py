@@ -6,6 +6,9 @@ with every message, and is gone when the SuperNode is.
 
 from __future__ import annotations
 
+import contextlib
+import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,19 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
-from lamina.config import build, data_of
+from lamina.config import Config, build, data_of
 from lamina.data import ClientData
-from lamina.errors import WireError, expect
+from lamina.engine import cores
+from lamina.errors import ConfigError, RunError, WireError
 from lamina.flower.records import packed, unpacked
-from lamina.flower.settings import NodeKeys, back, loaded
-from lamina.remote import DiskShelf, Node, Roll, bundled, unbundled
+from lamina.flower.settings import NodeKeys, back, keys_of, loaded
+from lamina.redaction import hidden
+from lamina.remote import AtNode, DiskShelf, Node, Roll, bundled, unbundled
+from lamina.remote.roll import called
 
 _COUNTER = "lamina"
+_SLACK = 4096  # bytes of a bundle beyond its parts
+_PER_PART = 64
 
 
 def client_app(config: str | Path) -> ClientApp:
@@ -33,12 +41,14 @@ def client_app(config: str | Path) -> ClientApp:
     path = Path(config)
 
     def roll(message: Message, context: Context) -> Message:
-        data = _here(path, NodeKeys.of(context.node_config))
-        return Message(packed(Roll.of(data).packed()), reply_to=message)
+        own = NodeKeys.of(context.node_config)
+        with _unspoken():
+            return Message(packed(_roll(path, own, unpacked(message.content)[0])), reply_to=message)
 
     def train(message: Message, context: Context) -> Message:
         blob, about = unpacked(message.content)
-        answers = _answered(path, NodeKeys.of(context.node_config), blob, about)
+        with _unspoken():
+            answers = _answered(path, NodeKeys.of(context.node_config), blob, about)
         before = context.state.config_records.get(_COUNTER, {"answered": 0})
         context.state[_COUNTER] = ConfigRecord({"answered": int(before["answered"]) + 1})
         return Message(packed(answers), reply_to=message)
@@ -48,15 +58,38 @@ def client_app(config: str | Path) -> ClientApp:
     return app
 
 
-def _here(path: Path, keys: NodeKeys) -> ClientData:
-    data = data_of(loaded(path, keys.data))
-    return data.subset(keys.chosen(len(data))) if keys.mine else data
+@contextlib.contextmanager
+def _unspoken() -> Iterator[None]:
+    """Flower logs an error here and sends it to the server: without secrets."""
+    try:
+        yield
+    except Exception as error:
+        if hidden(said := "".join(traceback.format_exception(error))) == said:
+            raise
+        raise RunError(hidden(f"{type(error).__name__}: {error}"), code="E300") from None
+
+
+def _roll(path: Path, own: NodeKeys, blob: bytes) -> bytes:
+    """Raises WireError, Rejected: it is not the server that asks."""
+    config = loaded(path, own.data)
+    keys = keys_of(config)
+    signed = None if keys is None else called(blob, keys)
+    return Roll.of(_here(config, own))._replace(signed=signed).packed(keys)
+
+
+def _here(config: Config, keys: NodeKeys) -> ClientData | None:
+    """None where there are more nodes than clients, and this one has none."""
+    data = data_of(config)
+    if not keys.mine:
+        return data
+    chosen = keys.chosen(len(data))
+    return data.subset(chosen) if chosen else None
 
 
 def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) -> bytes:
     """Raises WireError for what is said about the letters, if it is not what a server says."""
     config = loaded(path, keys.data)
-    data = _here(path, keys)
+    data = _here(config, keys)
     try:
         numbers = dict(zip(about["names"], about["numbers"], strict=True))
         names = [f"({number})" for number in range(int(about["clients"]))]
@@ -65,12 +98,23 @@ def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) ->
         experiment = str(about["experiment"])
     except (KeyError, ValueError, IndexError, TypeError) as error:
         raise WireError(f"a message without its {error}", code="E345") from None
-    own = {name: place for place, name in enumerate(data.names)}
+    own = {name: place for place, name in enumerate(() if data is None else data.names)}
     lacking = sorted(numbers.keys() - own.keys())
-    expect(not lacking, f"client {lacking[:1]} is not here any more", code="E118", where="node")
+    if data is None or lacking:
+        raise ConfigError(f"client {lacking[:1]} is not here any more", code="E118", where="node")
     asked = data.subset([own[name] for name in numbers])
     alone = replace(asked, test=None, client_tests=None, check=False).among(names)
-    fed = build(config, data=alone)
+    fed = build(_at_most(config, len(asked)), data=alone)
     shelf = DiskShelf(fed, keys.state_dir, experiment)
-    with Node(fed, shelf, back=back(config)) as node:
-        return bundled(node.answer(unbundled(blob)))
+    signs = keys_of(config)
+    signing = None if signs is None else AtNode(signs, experiment)
+    with Node(fed, shelf, back=back(config), signing=signing) as node:
+        return bundled(node.answer(unbundled(blob, (node.longest + _PER_PART) * len(asked) + _SLACK)))
+
+
+def _at_most(config: Config, clients: int) -> Config:
+    """With no more processes than it has clients to train: one client needs none, and gets the same bits without."""
+    if config.engine not in ("auto", "processes"):
+        return config
+    few = config.model_copy(update={"workers": min(config.workers or cores(), clients)})
+    return few.model_copy(update={"engine": "loop"}) if few.engine == "processes" and clients == 1 else few

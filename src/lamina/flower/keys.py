@@ -5,6 +5,12 @@
     node-1  node-2  ...       each to its SuperNode alone: --auth-supernode-private-key
     node-1.pub  ...           to the SuperLink's list of nodes: `flwr supernode register node-1.pub`
 
+With what letters and answers are signed (`sign.key` of the config, see `lamina.remote.keys`), by choice:
+
+    sign.key                  one key for the server and all nodes
+    sign-server.key  ...      or a key for each: of the server, sign-node-1.key, ...
+    roster.json               and everybody's public ones (`sign.roster`), to all
+
 The authority's own key is not kept: nothing else can be signed with it. Flower takes SuperNode keys in OpenSSH's form
 only.
 """
@@ -13,26 +19,34 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import json
 import os
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lamina.errors import StorageError, expect, is_whole
 from lamina.flower import missing
+from lamina.remote.keys import pair
 from lamina.store.files import storing
 
 _DAYS = 365
 
 
-def write(folder: Path, hosts: Sequence[str], nodes: int, days: int = _DAYS) -> list[Path]:
+def write(
+    folder: Path, hosts: Sequence[str], nodes: int, days: int = _DAYS, sign: str | None = None,
+    clients: Sequence[str] = (),
+) -> list[Path]:  # fmt: skip
     """Makes them anew.
 
     Args:
         hosts: names and addresses by which the server is reached.
         nodes: how many SuperNode keys.
         days: for which the certificates hold.
+        sign: "hmac", one key for all; "ed25519", a key for each; None: nothing is signed.
+        clients: of each node the names of its clients, such as "0-7,x": what "ed25519" binds its key to.
 
     Raises:
         ConfigError: an impossible value, or cryptography is not installed.
@@ -44,7 +58,8 @@ def write(folder: Path, hosts: Sequence[str], nodes: int, days: int = _DAYS) -> 
         expect(fine, f"host {host!r}: expected a name or an address, without a port", where="hosts")
     expect(is_whole(nodes, 0), f"nodes={nodes}: expected a whole number >= 0", where="nodes")
     expect(is_whole(days, 1), f"days={days}: expected a whole number >= 1", where="days")
-    made = _made(hosts, nodes, days)
+    signing = _signing(sign, nodes, clients)
+    made = _made(hosts, nodes, days) | signing
     there = [name for name in made if (folder / name).exists()]
     if there:
         remedy = "name another folder: a key that is replaced shuts its node out"
@@ -57,6 +72,41 @@ def write(folder: Path, hosts: Sequence[str], nodes: int, days: int = _DAYS) -> 
             with os.fdopen(handle, "wb") as file:
                 file.write(blob)
     return [folder / name for name in made]
+
+
+def _signing(sign: str | None, nodes: int, clients: Sequence[str]) -> dict[str, bytes]:
+    kinds = (None, "hmac", "ed25519")
+    expect(sign in kinds, f"sign={sign!r}: expected hmac or ed25519", where="--sign")
+    each = sign == "ed25519"
+    said = f"{len(clients)} lists of clients for {nodes} nodes"
+    remedy = "--clients 0-7 --clients 8-15: once for each node, in order"
+    expect(len(clients) == (nodes if each else 0), said, where="--clients", remedy=remedy if each else "leave it out")
+    if sign == "hmac":
+        return {"sign.key": f"{secrets.token_hex(32)}\n".encode()}
+    if not each:
+        return {}
+    server, server_public = pair()
+    made = {"sign-server.key": f"{server}\n".encode()}
+    roster: dict[str, str] = {}
+    for number, names in enumerate(clients, start=1):
+        private, public = pair()
+        made[f"sign-node-{number}.key"] = f"{private}\n".encode()
+        own = _names(names)
+        twice = sorted(own & roster.keys())
+        expect(not twice, f"client {twice[:1]} is of two nodes", where="--clients")
+        roster |= dict.fromkeys(sorted(own), public)
+    text = json.dumps({"server": server_public, "clients": roster}, indent=1)
+    return made | {"roster.json": f"{text}\n".encode()}
+
+
+def _names(text: str) -> set[str]:
+    """``"0-7,x"``."""
+    names: set[str] = set()
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        span = re.fullmatch(r"(\d{1,6})-(\d{1,6})", word)
+        names |= {str(n) for n in range(int(span[1]), int(span[2]) + 1)} if span else {word}
+    expect(bool(names), f"{text!r}: expected names of clients", where="--clients")
+    return names
 
 
 def _made(hosts: Sequence[str], nodes: int, days: int) -> dict[str, bytes]:

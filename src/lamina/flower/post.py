@@ -186,6 +186,9 @@ class GridPost:
 
     def _settle(self, node: int, roll: Roll) -> None:
         """Where its clients are from now on; those that the run does not know are left out."""
+        if not roll.sizes:
+            self._say(f"node {node} is here, without clients")
+            return
         try:
             register([roll])
         except LaminaError as error:

@@ -60,12 +60,19 @@ class Groups:
         with _undisturbed():
             self.end(*self._running)
 
-    def start(self, name: str, program: str, arguments: Sequence[str], env: Mapping[str, str] | None = None) -> Group:
+    def start(
+        self, name: str, program: str, arguments: Sequence[str], env: Mapping[str, str] | None = None,
+        before: Sequence[str] = (),
+    ) -> Group:  # fmt: skip
+        """
+        Args:
+            before: words of a command that becomes the program, such as `ip netns exec NAME`.
+        """
         logs = (self.folder / (f"{name}-{i}.log" if i else f"{name}.log") for i in itertools.count())
         log = next(path for path in logs if not path.exists())  # what one before it said is not what this one says
         with log.open("xb") as out:
             process = subprocess.Popen(
-                [_program(program), *arguments],
+                [*before, _program(program), *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,

@@ -51,6 +51,7 @@ class Rehearsal:
         host: where the SuperLink listens.
         node_config: of node i beside `partition-id`, `num-partitions` and `state-dir`.
         node_env: environment of node i beside this process's.
+        node_words: what comes before the command of node i, such as `ip netns exec NAME`.
 
     Raises:
         ConfigError: E101 an impossible value; E118 a server that others could reach without TLS and keys.
@@ -61,6 +62,7 @@ class Rehearsal:
         self, folder: Path, nodes: int = 2, *, tls: bool = False, host: str = "127.0.0.1",
         node_config: Callable[[int], Mapping[str, Any]] = lambda i: {},
         node_env: Callable[[int], Mapping[str, str]] = lambda i: {},
+        node_words: Callable[[int], Sequence[str]] = lambda i: (),
     ):  # fmt: skip
         expect(is_whole(nodes, 1), f"nodes={nodes}: expected a whole number >= 1", where="nodes")
         expect_guarded(host, tls)
@@ -69,7 +71,7 @@ class Rehearsal:
         self.nodes: list[Group] = []
         self._tls = tls
         self._host = host
-        self._node_config, self._node_env = node_config, node_env
+        self._node_config, self._node_env, self._node_words = node_config, node_env, node_words
         self._groups = Groups(folder)
         self._ports = free_ports(nodes + 1)
 
@@ -134,7 +136,7 @@ class Rehearsal:
             "--node-config", " ".join(f"{key}={json.dumps(value)}" for key, value in config.items() if value != ""),
         ]  # fmt: skip
         name = f"node-{i + 1}"
-        return self._groups.start(name, "flower-supernode", arguments, self._node_env(i))
+        return self._groups.start(name, "flower-supernode", arguments, self._node_env(i), self._node_words(i))
 
     def end_node(self, i: int, how: int = signal.SIGTERM) -> None:
         self._groups.end(self.nodes[i], how=how)

@@ -10,7 +10,9 @@ from flwr.app import Message, MessageType
 
 from lamina.errors import ConfigError, RunError, WireError
 from lamina.flower.records import packed, unpacked
-from lamina.remote import Roll
+from lamina.remote import AtServer, Roll
+from lamina.remote.roll import call, expect_answered
+from lamina.remote.signing import Rejected, Signed
 
 POLL_S = 0.2
 
@@ -18,14 +20,22 @@ POLL_S = 0.2
 class RollCall:
     """Asks each node as it appears.
 
+    Args:
+        signing: calls are signed with this, and nodes that do not answer so are left out; None: nothing is signed.
+        say: is told of those.
+
     Attributes:
         rolls: node id -> its roll, in the order in which they came.
     """
 
-    def __init__(self, grid: Any):
+    def __init__(self, grid: Any, signing: AtServer | None = None, say: Callable[[str], None] = lambda text: None):
         self.rolls: dict[int, Roll] = {}
         self._grid = grid
+        self._signing = signing
+        self._say = say
         self._asked: dict[str, int] = {}  # message id -> node id
+        self._calls: dict[int, Signed] = {}  # node id -> what it was asked with
+        self._left_out: set[int] = set()
 
     @property
     def asked(self) -> set[int]:
@@ -34,14 +44,27 @@ class RollCall:
 
     @property
     def known(self) -> set[int]:
-        return {*self.rolls} | self.asked
+        return {*self.rolls} | self.asked | self._left_out
 
     def ask(self, nodes: Iterable[int]) -> None:
         """Those that have not been asked before."""
         fresh = [node for node in nodes if node not in self.known]
-        calls = [Message(packed(b""), dst_node_id=node, message_type=MessageType.QUERY) for node in fresh]
+        calls = [Message(packed(self._call(n)), dst_node_id=n, message_type=MessageType.QUERY) for n in fresh]
         ids = self._grid.push_messages(calls) if calls else []
         self._asked |= {said: node for said, node in zip(ids, fresh, strict=False) if said is not None}
+
+    def _call(self, node: int) -> bytes:
+        if self._signing is None:
+            return b""
+        self._calls[node] = self._signing.call()
+        return call(self._calls[node], self._signing.keys)
+
+    def _roll(self, node: int, blob: bytes) -> Roll:
+        """Raises WireError, Rejected."""
+        roll = Roll.unpacked(blob)
+        if self._signing is not None:
+            expect_answered(roll, blob, self._calls.pop(node), self._signing.keys)
+        return roll
 
     def take(self) -> None:
         """What has been answered by now.
@@ -57,12 +80,19 @@ class RollCall:
                 continue
             if reply.has_error():
                 if node in self._grid.get_node_ids():
-                    raise _mute(node, reply.error.reason)
+                    self._mute(node, reply.error.reason)
                 continue
             try:
-                self.rolls[node] = Roll.unpacked(unpacked(reply.content)[0])
-            except WireError as error:
-                raise _mute(node, str(error)) from error
+                self.rolls[node] = self._roll(node, unpacked(reply.content)[0])
+            except (WireError, Rejected) as error:
+                self._mute(node, str(error))
+
+    def _mute(self, node: int, reason: str | None) -> None:
+        """Anybody can be a node: where nodes sign, one that does not ends no run. Raises RunError E315."""
+        if self._signing is None:
+            raise _mute(node, reason)
+        self._left_out.add(node)
+        self._say(f"node {node} is left out: {reason or 'no reason given'}")
 
     def wait(self, clients: int, nodes: int, limit_s: float, say: Callable[[str], None]) -> None:
         """Until so many are there.

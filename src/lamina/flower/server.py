@@ -21,14 +21,16 @@ from lamina.errors import LaminaError, StorageError
 from lamina.federation import Federation
 from lamina.flower.post import Carried, GridPost
 from lamina.flower.rollcall import RollCall
-from lamina.flower.settings import RunKeys, back, loaded
+from lamina.flower.settings import RunKeys, back, expect_together, keys_of, loaded
 from lamina.folder import Row, finite, read_environment
-from lamina.remote import over, register
+from lamina.redaction import hidden
+from lamina.remote import AtServer, over, register
 from lamina.runs import Run
 from lamina.store.files import replace
 
 NOTES = "flower.json"  # in a run folder: under which name nodes keep what they remember
 CARRIED = "flower.jsonl"  # in a run folder: what Flower carried, a row per round
+LETTERS = "letters.json"  # in a run folder, where letters are signed: from where they are numbered
 
 
 def server_app(config: str | Path) -> ServerApp:
@@ -73,17 +75,21 @@ def _apart(work: Callable[[], Any]) -> None:
 def serve(path: Path, keys: RunKeys, grid: Any, report: Report) -> Run:
     """A run from its first round to its last, or from where it stopped. Raises LaminaError."""
     config = loaded(path)
+    if keys.together:
+        expect_together(config)
     rounds = keys.rounds or config.rounds
     folder = _resumed(keys, config) if keys.resume else None
     experiment = f"{config.name}-{secrets.token_hex(8)}" if folder is None else _experiment(folder)
     own = data_of(config) if keys.evaluate else None
-    call = RollCall(grid)
+    signs = keys_of(config)
+    signing = None if signs is None else AtServer(signs, experiment)
+    call = RollCall(grid, signing, report.note)
     call.wait(keys.clients or (1 if own is None else len(own)), keys.nodes, keys.wait_s, report.note)
     sizes = register(call.rolls.values())
     fed = build(config, data=_registry(sizes, own))
     post = GridPost(grid, call, [*sizes], experiment, fed.faults.reply_deadline_s, report.note)
-    fed = over(fed, post, together=keys.together)
-    watcher = Watcher(report, post, experiment)
+    fed = over(fed, post, together=keys.together, signing=signing)
+    watcher = Watcher(report, post, experiment, signing)
     if folder is not None:
         return runs.resume(folder, rounds, fed=fed, progress=watcher)
     return runs.fit(
@@ -145,11 +151,11 @@ class Report:
 
     def put(self, event: str, **values: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(finite({"event": event, **values}), ensure_ascii=False) + "\n")
+            self._file.write(hidden(json.dumps(finite({"event": event, **values}), ensure_ascii=False)) + "\n")
             self._file.flush()
 
     def line(self, text: str) -> None:
-        print(text, flush=True)
+        print(hidden(text), flush=True)
         self.put("line", text=text)
 
     def note(self, text: str) -> None:
@@ -177,8 +183,9 @@ class _Lines(io.TextIOBase):
 class Watcher:
     """Shows a run, and writes down what Flower carried."""
 
-    def __init__(self, report: Report, post: GridPost, experiment: str):
+    def __init__(self, report: Report, post: GridPost, experiment: str, signing: AtServer | None = None):
         self._report = report
+        self._signing = signing
         self._post = post
         self._experiment = experiment
         self._before = Carried()
@@ -186,6 +193,8 @@ class Watcher:
 
     def begin(self, run: Run, fed: Federation) -> None:
         self._folder = run.path
+        if self._signing is not None:
+            self._signing.keep(run.path / LETTERS)
         replace(run.path / NOTES, json.dumps({"experiment": self._experiment}).encode())
         replace(run.path / CARRIED, _cut(run.path / CARRIED, run.info["rounds_done"]))
         self._report.put("begin", run=str(run.path.resolve()), **run.info)

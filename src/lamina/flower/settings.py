@@ -12,8 +12,11 @@ from typing import Any
 
 import xxhash
 
+from lamina import wire
 from lamina.config import CENTRALISED, Config, load
 from lamina.errors import ConfigError, expect, is_number, is_whole
+from lamina.remote.keys import Keys, opened
+from lamina.remote.message import expect_raw, expect_taken_together
 
 CONFIG_FILE = "lamina.toml"
 
@@ -72,7 +75,7 @@ class NodeKeys:
     Args:
         mine: which of the clients that the config's data has are here.
         state_dir: where this node keeps what its clients remember.
-        data: `data.*` keys of the config that are this node's own, as on a command line.
+        data: `data.*` and `sign.*` keys of the config that are this node's own, as on a command line.
     """
 
     mine: str
@@ -89,7 +92,7 @@ class NodeKeys:
             mine = f"{table['partition-id']}/{table['num-partitions']}"
         named = xxhash.xxh3_64_hexdigest(repr(sorted(table.items())).encode())
         folder = table.get("state-dir") or Path.home() / ".lamina" / "nodes" / named
-        data = [f"{key}={_said(value)}" for key, value in table.items() if key.startswith("data.")]
+        data = [f"{key}={_said(value)}" for key, value in table.items() if key.startswith(("data.", "sign."))]
         return cls(mine, Path(str(folder)).expanduser(), tuple(data))
 
     def chosen(self, count: int) -> list[int]:
@@ -126,6 +129,11 @@ def loaded(path: Path, arguments: tuple[str, ...] = ()) -> Config:
     return deployable(load(path, arguments, env={})).model_copy(update={"store": "memory"})
 
 
+def keys_of(config: Config) -> Keys | None:
+    """This end's keys; None where nothing is signed. Raises ConfigError E123, E124."""
+    return None if config.sign.key is None else opened(config.sign.key, config.sign.roster)
+
+
 def deployable(config: Config) -> Config:
     """Raises ConfigError (E118) for what has no clients that are elsewhere."""
     expect(
@@ -135,6 +143,14 @@ def deployable(config: Config) -> Config:
         where=config.origin("method"),
     )
     return config
+
+
+def expect_together(config: Config) -> None:
+    """Raises ConfigError (E118) for an uplink with which a node's messages cannot be taken together, before anything is
+    started."""
+    part = config.uplink
+    expect_raw(part.entry if part.entry is not None else wire.parse({"name": part.name, **part.arguments}))
+    expect_taken_together(config.aggregate.title, config.faults.norm)
 
 
 def back(config: Config) -> int:

@@ -15,6 +15,9 @@ What carries the bytes is a `Post`; nothing here knows of a network. The numbers
 Many clients at one node cost little more than one: `bundled` has the plan that they are sent once, they are trained
 by the engine of their machine, and with `over(..., together=True)` they send one message.
 
+With `signing=AtServer(opened("env:NAME"), run)` at the server and `AtNode` at the nodes all of it is signed: see
+`signing`, and `keys` for who signs.
+
 A server trusts no client's bytes: see `message`. A client believes its server, but takes no plan that is not the one
 the server meant: letters carry a fingerprint, and who reads another plan says so and is sent the whole of it.
 """
@@ -23,12 +26,14 @@ from __future__ import annotations
 
 from lamina.remote.bundle import bundled, unbundled
 from lamina.remote.envelope import Answer, Letter, fingerprint
+from lamina.remote.keys import opened
 from lamina.remote.node import Node
 from lamina.remote.roll import Roll, register
 from lamina.remote.server import Lost, Post, RemoteEngine, over
 from lamina.remote.shelf import DiskShelf, Holding, MemoryShelf, Shelf
+from lamina.remote.signing import AtNode, AtServer
 
 __all__ = [
-    "Answer", "DiskShelf", "Holding", "Letter", "Lost", "MemoryShelf", "Node", "Post", "RemoteEngine", "Roll", "Shelf",
-    "bundled", "fingerprint", "over", "register", "unbundled",
+    "Answer", "AtNode", "AtServer", "DiskShelf", "Holding", "Letter", "Lost", "MemoryShelf", "Node", "Post",
+    "RemoteEngine", "Roll", "Shelf", "bundled", "fingerprint", "opened", "over", "register", "unbundled",
 ]  # fmt: skip

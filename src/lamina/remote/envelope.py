@@ -6,7 +6,8 @@
     4   4  u32 H, length of the head                                    then a frame (`lamina.wire.frame`), to the end
     8   8  XXH3-64 of the head, seeded with that of bytes 0..7
 
-Heads belong to the transport: no ledger counts them. Frames are what the ledger counts.
+Heads belong to the transport: no ledger counts them. Frames are what the ledger counts. A head may end with a signature
+of itself and of the frame (`lamina.remote.signing`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +24,10 @@ import xxhash
 
 from lamina.errors import WireError
 from lamina.method import Plan
+from lamina.remote import signing
+from lamina.remote.keys import Keys
+from lamina.remote.signing import Signed
+from lamina.remote.terms import LONGEST, MOST
 from lamina.tree import Params
 from lamina.wire import Schema, Spec
 from lamina.wire import frame as frames
@@ -31,8 +38,14 @@ _START = _FRONT.size + 8
 HEAD_MOST = 1 << 24  # bytes of a head
 
 
-def seal(magic: bytes, head: dict[str, Any], *body: Buffer) -> bytes:
+def seal(magic: bytes, head: dict[str, Any], *body: Buffer, keys: Keys | None = None) -> bytes:
+    """
+    Args:
+        keys: sign it; None: nobody does.
+    """
     text = json.dumps(head, separators=(",", ":")).encode()
+    if keys is not None:
+        text = signing.sign(magic, text, body, keys)
     front = _FRONT.pack(magic, len(text))
     return b"".join([front, checksum(front, [text]).to_bytes(8, "little"), text, *body])
 
@@ -59,6 +72,13 @@ def unseal(magic: bytes, blob: Buffer, max_bytes: int | None = None) -> tuple[di
     return head, view[_START + size :]
 
 
+def expect_by(who: str | None, blob: Buffer, keys: Keys) -> None:
+    """Raises signing.Rejected unless the client of this name, or the server (None), signed it. It must be whole."""
+    magic, size = _FRONT.unpack_from(blob)
+    view = memoryview(blob)
+    signing.expect_by(who, magic, view[_START : _START + size], view[_START + size :], keys)
+
+
 def sections_at(blob: Buffer) -> int:
     """Where the sections of the frame in a letter or an answer begin; at its end where there is none."""
     try:
@@ -80,6 +100,8 @@ class Letter(NamedTuple):
         shared: tree -> schema, of all further trees of the plan, also those that the client holds already.
         together: its node may answer for several clients in one message.
         frame: the plan.
+        terms: `terms.stamp` of the server's.
+        signed: what it says where it is signed.
     """
 
     kind: str
@@ -90,14 +112,20 @@ class Letter(NamedTuple):
     shared: dict[str, Schema]
     together: bool
     frame: Buffer
+    terms: str = ""
+    signed: Signed | None = None
 
-    def packed(self) -> bytes:
+    def packed(self, keys: Keys | None = None) -> bytes:
         head: dict[str, Any] = {
             "kind": self.kind,
             "client": self.client,
             "round": self.round,
             "plan": self.fingerprint,
         }
+        if self.signed is not None:
+            head["signed"] = self.signed.said()
+        if self.terms:
+            head["terms"] = self.terms
         if self.together:
             head["together"] = True
         if self.mask:
@@ -107,12 +135,12 @@ class Letter(NamedTuple):
                 tree: {name: [str(spec.dtype).removeprefix("torch."), *spec.shape] for name, spec in schema.items()}
                 for tree, schema in self.shared.items()
             }
-        return seal(b"LML1", head, self.frame)
+        return seal(b"LML1", head, self.frame, keys=keys)
 
     @classmethod
-    def unpacked(cls, blob: Buffer) -> Letter:
-        """Raises WireError and nothing else."""
-        head, frame = unseal(b"LML1", blob)
+    def unpacked(cls, blob: Buffer, max_bytes: int | None = None) -> Letter:
+        """Raises WireError and nothing else; E340 for more than `max_bytes`, before anything in it is looked at."""
+        head, frame = unseal(b"LML1", blob, max_bytes)
         try:
             shared = {
                 str(tree): {str(name): _spec(form) for name, form in schema.items()}
@@ -127,6 +155,8 @@ class Letter(NamedTuple):
                 shared,
                 head.get("together") is True,
                 frame,
+                str(head.get("terms", "")),
+                Signed.of(head.get("signed")),
             )
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise WireError(f"the head is not that of a letter: {error!r}", code="E345") from None
@@ -145,16 +175,23 @@ def _is_member(x: Any) -> bool:
     return bool(formed and x[0] >= 0 and x[1] >= 1 and math.isfinite(x[2]))
 
 
+def _are_terms(x: Any) -> bool:
+    fine = isinstance(x, dict) and len(x) <= MOST and all(isinstance(text, str) for text in x.values())
+    return fine and all(len(text) <= LONGEST for pair in x.items() for text in pair)
+
+
 class Answer(NamedTuple):
     """From one client.
 
     Args:
         said: "message"; "plan": it cannot read the plan with what it holds; "row": it does not have the state that it
-            had after the round that the plan names as accepted; "failed": it cannot answer.
+            had after the round that the plan names as accepted; "terms": it has other ones; "failed": it cannot answer.
         plan: the letter's fingerprint; "" when no letter could be read.
         why: for "message" the reason why the client itself refuses it ("" for none), else what is the matter.
         frame: the message; empty but for "message".
         members: of a message for several clients, this one first; their local steps and losses.
+        terms: for "terms" those that it has.
+        signed: of its letter, where it is signed.
     """
 
     said: str
@@ -163,25 +200,33 @@ class Answer(NamedTuple):
     why: str = ""
     frame: Buffer = b""
     members: tuple[Member, ...] = ()
+    terms: Mapping[str, str] = MappingProxyType({})
+    signed: Signed | None = None
 
-    def packed(self) -> bytes:
+    def packed(self, keys: Keys | None = None) -> bytes:
         head: dict[str, Any] = {"said": self.said, "client": self.client, "plan": self.plan, "why": self.why}
         if self.members:
             head["members"] = self.members
-        return seal(b"LMA1", head, self.frame)
+        if self.terms:
+            head["terms"] = dict(self.terms)
+        if self.signed is not None:
+            head["signed"] = self.signed.said()
+        return seal(b"LMA1", head, self.frame, keys=keys)
 
     @classmethod
     def unpacked(cls, blob: Buffer, max_bytes: int | None = None) -> Answer:
         """Raises WireError and nothing else; E340 for more than `max_bytes`, before anything in it is looked at."""
         head, frame = unseal(b"LMA1", blob, max_bytes)
         said, client, plan, why = (head.get(key) for key in ("said", "client", "plan", "why"))
-        known = said in ("message", "plan", "row", "failed") and isinstance(plan, str) and isinstance(why, str)
+        known = said in ("message", "plan", "row", "terms", "failed") and isinstance(plan, str) and isinstance(why, str)
         if not known or type(client) is not int:
             raise WireError("the head is not that of an answer", code="E345")
         members = head.get("members", [])
-        if not isinstance(members, list) or not all(map(_is_member, members)):
+        terms = head.get("terms", {})
+        if not isinstance(members, list) or not all(map(_is_member, members)) or not _are_terms(terms):
             raise WireError("the head is not that of an answer", code="E345")
-        return cls(str(said), client, str(plan), str(why)[:LONGEST_REASON], frame, tuple(Member(*m) for m in members))
+        reason, counted = str(why)[:LONGEST_REASON], tuple(Member(*m) for m in members)
+        return cls(str(said), client, str(plan), reason, frame, counted, terms, Signed.of(head.get("signed")))
 
 
 LONGEST_REASON = 500  # characters

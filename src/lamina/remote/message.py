@@ -1,8 +1,7 @@
 """A message as the server reads it: from bytes it does not trust, against a form that it derives itself.
 
-What a client has to say follows from the plan: the server has its own method say it, once per plan, on the model it
-sent and a gradient of zeros. So the names, shapes and dtypes of every tree are known before a byte is read, and how
-long a message can be.
+What a client has to say follows from the plan (`lamina.admission.Form`). So the names, shapes and dtypes of every tree
+are known before a byte is read, and how long a message can be.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ from typing import NamedTuple
 import torch
 
 from lamina import wire
+from lamina.admission import Form, Refusal, listed
 from lamina.aggregate import Mean, total
-from lamina.client import DENSE, Reply, Setup, compose, known, non_finite, uplink_context
+from lamina.client import DENSE, Reply, Setup, non_finite, uplink_context
 from lamina.errors import LaminaError, WireError, expect
-from lamina.method import Plan, Work
+from lamina.method import Plan
 from lamina.remote.envelope import Answer, Member
-from lamina.tree import Message, zeros_like
+from lamina.tree import Message
 from lamina.wire import Schema, frame
 
 _SLACK = 4096  # bytes beyond twice the raw values: heads, and an index section that costs more than it saves
@@ -43,19 +43,8 @@ class Expected(NamedTuple):
 
     @classmethod
     def of(cls, setup: Setup, kind: str, plan: Plan) -> Expected:
-        nothing = zeros_like(plan.params)
-        if kind == "probe":
-            message = setup.method.probe(plan.params, nothing)
-            scalars = frozenset({"loss"})
-        else:
-            work = Work(plan.params, plan.buffers, nothing, torch.tensor(1))
-            message, _ = compose(setup, plan, known(setup, plan, None), work)
-            scalars = frozenset({"steps", "loss"})
-        schemas = {tree: wire.schema_of(content) for tree, content in message.items() if tree != "steps"}
-        if kind != "probe":
-            schemas["update"] = wire.schema_of(plan.params)
-            if setup.moments:
-                schemas["moments"] = {name: wire.Spec((), torch.float64) for name in plan.upload}
+        schemas = Form.of(setup, kind, plan).schemas
+        scalars = frozenset({"loss"} if kind == "probe" else {"steps", "loss"})
         raw = sum(s.numel * s.dtype.itemsize for schema in schemas.values() for s in schema.values())
         tensors = sum(map(len, schemas.values()))
         return cls(kind, schemas, scalars, 2 * raw + _PER_TENSOR * tensors + _SLACK)
@@ -65,21 +54,34 @@ class Expected(NamedTuple):
         return self.longest + _SLACK + _PER_MEMBER * clients
 
 
+class Refused(Exception):
+    """A message that can be read, and must not be used."""
+
+    def __init__(self, code: str, why: str, layer: str = ""):
+        super().__init__(why)
+        self.refusal = Refusal(code, why, layer)
+
+
 def read(setup: Setup, plan: Plan, expected: Expected, answer: Answer) -> Reply:
     """The reply in an answer that is a message: of one client, or the first of several.
 
     Raises:
-        WireError: it is not what the plan implies.
+        WireError: its bytes are not what the plan implies.
+        Refused: what they say is not.
     """
     members = answer.members or (Member(answer.client, 0, 0.0),)
     due = {member.client: setup.local.count(int(setup.data.sizes[member.client])) for member in members}
     arrived = frame.unpack(answer.frame, max_bytes=expected.longest)
-    found = (arrived.kind, arrived.round, arrived.client)
-    if found != ("message", plan.round, answer.client):
-        raise WireError(f"a {found[0]} of round {found[1]} from client {found[2]}", code="E345")
+    found = f"a {arrived.kind} of round {arrived.round} from client {arrived.client}"
+    if arrived.kind != "message":
+        raise WireError(found, code="E345")
+    if arrived.client != answer.client:
+        raise Refused("E330", found)
+    if arrived.round != plan.round:
+        raise Refused("E332", found)
     if arrived.scalars.keys() != expected.scalars or arrived.sections.keys() != expected.schemas.keys():
-        got = [*arrived.scalars, *arrived.sections]
-        raise WireError(f"it has {got}, expected {[*sorted(expected.scalars), *expected.schemas]}", code="E345")
+        got, needed = {*arrived.scalars, *arrived.sections}, {*expected.scalars, *expected.schemas}
+        raise Refused("E322", f"it has {listed(sorted(got))}, expected {listed(sorted(needed))}", min(got ^ needed))
     received: Message = {}
     sizes: dict[str, wire.Size] = {}
     codec: wire.Codec
@@ -95,7 +97,9 @@ def read(setup: Setup, plan: Plan, expected: Expected, answer: Answer) -> Reply:
         unasked = sorted(received[tree].keys() - (plan.upload if tree == "update" else schema.keys()))
         absent = sorted(schema.keys() - received[tree].keys()) if tree != "update" else []
         if unasked or absent:
-            raise WireError(f"{tree}: {(unasked or absent)[0]} {'was not asked for' if unasked else 'is absent'}")
+            name = (unasked or absent)[0]
+            said = "was not asked for" if unasked else "is absent"
+            raise Refused("E322", said, name if tree == "update" else f"{tree}/{name}")
     around = len(answer.frame) - sum(size.total for size in sizes.values())
     sizes[""] = wire.Size({}, around, {})
     loss = arrived.scalars["loss"]
@@ -108,8 +112,8 @@ def read(setup: Setup, plan: Plan, expected: Expected, answer: Answer) -> Reply:
     steps, own = arrived.scalars["steps"], due[answer.client]
     wrong = next((m for m in answer.members if m.steps != due[m.client]), None)
     if wrong is not None or not min(due.values()) <= steps <= max(due.values()):
-        said = steps if wrong is None else wrong.steps
-        raise WireError(f"{said} local steps, this client's examples make {own}", code="E345")
+        claimed = steps if wrong is None else wrong.steps
+        raise Refused("E314", f"{claimed:g} local steps, this client's examples make {own}")
     received["steps"] = {"steps": torch.tensor(steps, dtype=torch.float64)}
     if answer.members:
         loss = answer.members[0].loss
@@ -118,11 +122,19 @@ def read(setup: Setup, plan: Plan, expected: Expected, answer: Answer) -> Reply:
     )
 
 
-def expect_raw(uplink: wire.Codec) -> None:
+def expect_raw(uplink: wire.Codec | str) -> None:
     """Raises ConfigError (E118) for an uplink that loses something, or sends less than everything: a mean of messages
     has all entries, and would be coded a second time."""
     remedy = "send every client's message by itself, or set uplink='fp32'"
     expect(uplink == DENSE, f"together=True with uplink={uplink!r}", code="E118", where="uplink", remedy=remedy)
+
+
+def expect_taken_together(rule: str, norm: str) -> None:
+    """Raises ConfigError (E118) for what looks at every client's update by itself."""
+    remedy = "let every client send its own message"
+    for where, said, plain in (("aggregate", rule, "mean"), ("faults.norm", norm, "off")):
+        message = f"together=True with {where}={said!r}: it looks at every client's update"
+        expect(said == plain, message, code="E118", where=where, remedy=remedy)
 
 
 def together(setup: Setup, plan: Plan, parts: Sequence[tuple[Reply, float]]) -> Answer | None:
@@ -155,16 +167,6 @@ def together(setup: Setup, plan: Plan, parts: Sequence[tuple[Reply, float]]) -> 
     packed = frame.pack(frame.Frame("message", plan.round, client, {"steps": steps, "loss": loss}, blobs))
     members = tuple(Member(reply.client, reply.steps, reply.loss) for reply, _ in parts)
     return Answer("message", client, "", "", packed, members)
-
-
-def unused(client: int, code: str, why: str, length: int = 0, again: str | None = None) -> Reply:
-    """The reply of a client of which nothing usable came.
-
-    Args:
-        length: of the frame that did come.
-    """
-    sizes = {"": wire.Size({}, length, {})} if length else {}
-    return Reply(client, {}, None, sizes, math.nan, 0, why, code, again)
 
 
 def why(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from lamina.client import Reply
@@ -11,9 +12,12 @@ from lamina.errors import LaminaError, StorageError, WireError, expect, is_whole
 from lamina.federation import Federation
 from lamina.method import Plan
 from lamina.remote import message, reading
-from lamina.remote.envelope import Answer, Letter
+from lamina.remote.envelope import Answer, Letter, expect_by
+from lamina.remote.keys import SERVER
 from lamina.remote.message import why
 from lamina.remote.shelf import Holding, MemoryShelf, Shelf
+from lamina.remote.signing import AtNode, Rejected, Signed
+from lamina.remote.terms import Terms, stamp, terms_of
 from lamina.store import Row
 
 
@@ -31,6 +35,7 @@ class _Asked(NamedTuple):
     client: int
     accepted: int  # round
     holding: Holding | None
+    signed: Signed | None  # what its letter says
 
     @property
     def row(self) -> Row | None:
@@ -46,16 +51,27 @@ class Node:
         shelf: where clients' holdings are.
         back: rounds over which a server that was stopped may go back without that its clients lose their states, >= 1:
             as many rounds as it makes between two checkpoints.
+        signing: answers are signed with this, and no letter is read that the server has not signed; None: nothing is.
     """
 
-    def __init__(self, fed: Federation, shelf: Shelf | None = None, back: int = 1):
+    def __init__(
+        self, fed: Federation, shelf: Shelf | None = None, back: int = 1, *, signing: AtNode | None = None
+    ):  # fmt: skip
         expect(is_whole(back, 1), f"back={back}: expected a whole number of rounds >= 1", where="back")
         self.shelf: Shelf = MemoryShelf() if shelf is None else shelf
         self.clients = frozenset(fed.data.here)
         self._fed = fed
         self._form = reading.Form.of(fed)
+        self._terms = terms_of(fed)
+        self._stamp = stamp(self._terms)
         self._back = back
+        self._signing = signing
         self._engine: Engine | None = None
+
+    @property
+    def longest(self) -> int:
+        """Bytes that no letter exceeds; a longer one is not looked at."""
+        return self._form.longest
 
     def __enter__(self) -> Node:
         return self
@@ -76,11 +92,15 @@ class Node:
         asked: dict[_Key, list[_Asked]] = {}
         for client, blob in letters:
             try:
-                letter = Letter.unpacked(blob)
+                letter = Letter.unpacked(blob, self.longest)
+                if self._signing is not None:
+                    expect_by(SERVER, blob, self._signing.keys)
             except WireError as error:
                 yield client, Answer("failed", client, "", why(error)).packed()
                 continue
-            refusal = None
+            except Rejected as error:
+                yield client, Answer("failed", client, "", f"{error.code} {error.why}").packed()
+                continue
             try:
                 key = _Key(letter.kind, letter.fingerprint, letter.together)
                 one, plan = self._read(letter, client, plans.get(key))
@@ -88,16 +108,23 @@ class Node:
                 batch = asked.setdefault(key, [])
                 batch.extend([one] if all(one.client != other.client for other in batch) else [])  # it came twice
             except _Unread as unread:
-                refusal = Answer(unread.said, client, letter.fingerprint, unread.why)
-            if refusal is not None:
-                yield client, refusal.packed()
+                refusal = Answer(unread.said, client, letter.fingerprint, unread.why, terms=unread.terms)
+                yield client, self._packed(refusal, letter.signed)
+            except Rejected as error:  # not signed: whoever sends it a letter anew must not get a new answer to it
+                yield client, Answer("failed", client, "", f"{error.code} {error.why}").packed()
         for key, batch in asked.items():
             answers = self._answers(key, plans[key], batch)
+            signed = {one.client: one.signed for one in batch}
             for answer in self._gathered(plans[key], answers) if key.together else answers:
-                yield answer.client, answer._replace(plan=key.plan).packed()
+                yield answer.client, self._packed(answer._replace(plan=key.plan), signed[answer.client])
+
+    def _packed(self, answer: Answer, signed: Signed | None) -> bytes:
+        if self._signing is None:
+            return answer.packed()
+        return answer._replace(signed=signed).packed(self._signing.keys)
 
     def _read(self, letter: Letter, client: int, plan: Plan | None) -> tuple[_Asked, Plan]:
-        """Raises _Unread."""
+        """Raises _Unread, Rejected."""
         if client not in self.clients or letter.client != client:
             raise _Unread("failed", f"client {letter.client} is not at this node")
         if letter.kind not in ("round", "probe"):
@@ -107,6 +134,11 @@ class Node:
             holding = self.shelf.get(client)
         except StorageError as error:
             damage = why(error)
+        if self._signing is not None:
+            last = 0 if holding is None else holding.number
+            self._signing.expect(letter.signed, self._fed.data.names[client], letter.round, last)
+        if letter.terms not in ("", self._stamp):
+            raise _Unread("terms", "other settings", self._terms)
         try:
             arrived = reading.opened(letter)
             accepted = int(arrived.scalars["accepted"])
@@ -120,7 +152,7 @@ class Node:
                 plan = reading.read(self._form, letter, arrived, holding)
             except WireError as error:
                 raise _Unread("plan", damage or why(error)) from None
-        return _Asked(client, accepted, holding), plan
+        return _Asked(client, accepted, holding, letter.signed), plan
 
     def _answers(self, key: _Key, plan: Plan, batch: list[_Asked]) -> Iterator[Answer]:
         left = {one.client: one for one in batch}
@@ -161,11 +193,13 @@ class Node:
         older = {round: row for round, row in before.rows.items() if round <= one.accepted}
         fresh = {} if reply.row is None or reply.refused is not None else {plan.round: reply.row}
         kept = dict([*fresh.items(), *older.items()][: len(fresh) + self._back])
-        self.shelf.put(one.client, Holding(name, reading.trees_of(plan), kept, before.puts + 1))
+        number = before.number if one.signed is None else one.signed.number
+        self.shelf.put(one.client, Holding(name, reading.trees_of(plan), kept, before.puts + 1, number))
 
 
 class _Unread(Exception):
-    def __init__(self, said: str, why: str):
+    def __init__(self, said: str, why: str, terms: Terms = MappingProxyType({})):
         super().__init__(why)
         self.said = said
         self.why = why
+        self.terms = terms

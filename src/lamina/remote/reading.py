@@ -22,18 +22,30 @@ from lamina.remote.shelf import Holding
 from lamina.tree import Message, Params, add, cut
 from lamina.wire import Schema, Spec, frame
 
+_TREES = 12  # the size of a model: parameters, what they change by, a mask, and further ones
+_PER_TENSOR = 256  # bytes; names in a frame, scales
+_SLACK = 4096
+
 
 class Form(NamedTuple):
-    """What a client knows without being told."""
+    """What a client knows without being told.
+
+    Args:
+        longest: bytes of a letter: more than `_TREES` models are taken for a mistake.
+    """
 
     params: Schema
     buffers: Schema
     downlink: wire.Codec
+    longest: int
 
     @classmethod
     def of(cls, fed: Federation) -> Form:
         params, buffers = fed.initial
-        return cls(wire.schema_of(params), wire.schema_of(buffers), fed.downlink)
+        schemas = wire.schema_of(params), wire.schema_of(buffers)
+        specs = [spec for schema in schemas for spec in schema.values()]
+        model = sum(spec.numel * spec.dtype.itemsize + _PER_TENSOR for spec in specs)
+        return cls(*schemas, fed.downlink, _TREES * model + _SLACK)
 
 
 def opened(letter: Letter) -> frame.Frame:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from lamina.data.client_data import ClientData
 from lamina.errors import ConfigError, WireError
-from lamina.remote.envelope import seal, unseal
+from lamina.remote.envelope import expect_by, seal, unseal
+from lamina.remote.keys import SERVER, Keys
+from lamina.remote.signing import Rejected, Signed
 
 
 class Roll(NamedTuple):
@@ -17,17 +19,23 @@ class Roll(NamedTuple):
     Args:
         sizes: number of examples by client name.
         lamina: the version that the node runs.
+        signed: of the call that it answers, where it is signed.
     """
 
     sizes: dict[str, int]
     lamina: str
+    signed: Signed | None = None
 
     @classmethod
-    def of(cls, data: ClientData) -> Roll:
+    def of(cls, data: ClientData | None) -> Roll:
+        """None: of a node without clients."""
+        if data is None:
+            return cls({}, version("lamina"))
         return cls({data.names[c]: len(data.indices_of(c)) for c in data.here}, version("lamina"))
 
-    def packed(self) -> bytes:
-        return seal(b"LMR1", {"lamina": self.lamina, "sizes": self.sizes})
+    def packed(self, keys: Keys | None = None) -> bytes:
+        signed = {} if self.signed is None else {"signed": self.signed.said()}
+        return seal(b"LMR1", {"lamina": self.lamina, "sizes": self.sizes, **signed}, keys=keys)
 
     @classmethod
     def unpacked(cls, blob: bytes) -> Roll:
@@ -37,7 +45,33 @@ class Roll(NamedTuple):
         fine = isinstance(sizes, dict) and all(type(n) is int and n >= 1 for n in sizes.values())
         if not fine or not isinstance(head.get("lamina"), str):
             raise WireError("the head is not that of a roll", code="E345")
-        return cls(dict(sizes), head["lamina"])  # type: ignore[arg-type]  # said above
+        return cls(dict(sizes), head["lamina"], Signed.of(head.get("signed")))  # type: ignore[arg-type]  # said above
+
+
+def call(signed: Signed, keys: Keys) -> bytes:
+    """What a node is sent that is to say which clients it has."""
+    return seal(b"LMC1", {"signed": signed.said()}, keys=keys)
+
+
+def called(blob: bytes, keys: Keys) -> Signed:
+    """Raises WireError, or Rejected for a call that is not the server's."""
+    head, _ = unseal(b"LMC1", blob)
+    expect_by(SERVER, blob, keys)
+    said = Signed.of(head.get("signed"))
+    if said is None:
+        raise WireError("the head is not that of a call", code="E345")
+    return said
+
+
+def expect_answered(roll: Roll, blob: bytes, said: Signed, keys: Keys) -> None:
+    """Raises Rejected unless this roll, which came as `blob`, answers this call and is signed for all its clients."""
+    if not roll.sizes:
+        return  # it says nothing that anybody goes by
+    expect_by(next(iter(roll.sizes)), blob, keys)
+    if roll.signed != said:
+        raise Rejected("E333", "its roll answers another call")
+    if not keys.one(roll.sizes):
+        raise Rejected("E334", "its key is not that of all of its clients")
 
 
 def register(rolls: Iterable[Roll]) -> dict[str, int]:

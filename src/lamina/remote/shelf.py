@@ -33,12 +33,14 @@ class Holding(NamedTuple):
         rows: what it remembered after its last answers, by round, newest first. The server may not have accepted the
             newest: then the client goes back to the one that it names.
         puts: how often it has been put away.
+        number: of the last letter that it has answered, where letters are signed.
     """
 
     plan: str
     trees: Message
     rows: dict[int, Row]
     puts: int = 0
+    number: int = 0
 
 
 class Shelf(Protocol):
@@ -108,7 +110,7 @@ class DiskShelf:
             said, tensors = self._opened(path)
             if said["client"] != client:
                 raise ValueError(f"it is of client {said['client']}")
-            plan, puts = str(said["plan"]), int(said["puts"])
+            plan, puts, number = str(said["plan"]), int(said["puts"]), int(said.get("number", 0))
             rows = {
                 int(round): unflatten(self._like, shape, _below(tensors, f"{round}/")) for round, shape in said["rows"]
             }
@@ -120,11 +122,11 @@ class DiskShelf:
                 remedy="its client begins as a newcomer; what was there is replaced with its next answer",
             ) from error
         try:
-            return Holding(plan, self._trees(plan), rows, puts)
+            return Holding(plan, self._trees(plan), rows, puts, number)
         except _UNREADABLE as error:
             name = self.plan_file(plan).name
             warnings.warn(f"{name} is damaged: {error}: its clients are sent the whole plan", stacklevel=2)
-            return Holding("", {}, rows, puts)
+            return Holding("", {}, rows, puts, number)
 
     def put(self, client: int, holding: Holding) -> None:
         with storing(self.file(client)):
@@ -135,6 +137,7 @@ class DiskShelf:
             said = {
                 "client": client,
                 "puts": holding.puts,
+                **({"number": holding.number} if holding.number else {}),
                 "plan": holding.plan,
                 "rows": [[round, skeleton(row)] for round, row in holding.rows.items()],
             }
