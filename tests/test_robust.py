@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import lamina
+from lamina import cli, runs, verify
+from lamina.attacks import attacked
+from lamina.config import build, load, to_toml
+from lamina.remote import over
 from lamina.robust import RULES, FLTrust, GeometricMedian, Krum, Median, MultiKrum, Rule, TrimmedMean
 from lamina.tree import Params
 
@@ -127,13 +134,103 @@ def test_one_client_far_off_moves_the_result_little(rule: Rule) -> None:
         assert float((after - before).norm()) < spread
 
 
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45])
+def test_the_geometric_median_comes_back_from_any_distance(share: float) -> None:
+    """Steps from the mean shrink the distance by a factor only: with 45 % at 1e20 they would end at about 1e18."""
+    m = 20
+    given = random_updates(m)
+    bad = int(share * m)
+    spread = max(float((flat(a) - flat(b)).norm()) for a in given.values() for b in given.values())
+    good = {name: u for i, (name, u) in enumerate(given.items()) if i >= bad}
+    alone = flat(GeometricMedian().combine(good, even(good)))
+    for far in (1e3, 1e10, 1e20):
+        for i in range(bad):
+            given[f"c{i}"] = {name: torch.full_like(x, far) for name, x in given[f"c{i}"].items()}
+        assert float((flat(GeometricMedian().combine(given, even(given))) - alone).norm()) < spread
+
+
+def test_the_geometric_median_is_where_half_of_the_weight_is() -> None:
+    assert value(GeometricMedian(), 7, 7, 7, 0, 900) == 7
+    weights = {"c0": 0.6, "c1": 0.2, "c2": 0.2}
+    assert value(GeometricMedian(), 5, 0, 900, weights=weights) == pytest.approx(5, abs=1e-6)
+
+
+@pytest.mark.parametrize("rule", [Krum(1), MultiKrum(1), GeometricMedian(), Median(), TrimmedMean(0.2)], ids=repr)
+def test_a_number_whose_square_is_infinite_is_only_far_away(rule: Rule) -> None:
+    """1e200 squared is no float64; whoever stands where, the others decide."""
+    for at in range(6):
+        given = random_updates(6)
+        given[f"c{at}"] = {name: torch.full_like(x, 1e200) for name, x in given[f"c{at}"].items()}
+        made = flat(rule.combine(given, even(given)))
+        assert torch.isfinite(made).all()
+        assert float(made.norm()) < 100
+
+
+def test_fltrust_does_not_trust_what_is_too_long_to_measure() -> None:
+    given = random_updates(4)
+    given["c1"] = {name: torch.full_like(x, 1e200) for name, x in given["c1"].items()}
+    assert torch.isfinite(flat(FLTrust("c0").combine(given, even(given)))).all()
+
+
+def test_a_layer_longer_than_a_piece_is_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = random_updates(7)
+    rules = (Median(), TrimmedMean(0.2), Krum(1), GeometricMedian())
+    whole = [flat(rule.combine(given, even(given))) for rule in rules]
+    monkeypatch.setattr("lamina.robust._PIECE", 5)
+    for rule, expected in zip(rules, whole, strict=True):
+        torch.testing.assert_close(flat(rule.combine(given, even(given))), expected)
+
+
+def test_layers_without_entries_go_through() -> None:
+    given = {name: {**u, "none": torch.zeros(0, 3, dtype=torch.float64)} for name, u in random_updates(7).items()}
+    for rule in (Median(), TrimmedMean(0.2), Krum(1), MultiKrum(1), GeometricMedian(), FLTrust("c0")):
+        assert rule.combine(given, even(given))["none"].shape == (0, 3)
+
+
+def test_ties_go_to_the_first_in_the_schedule() -> None:
+    """Two pairs of equals: 0 and 0, 1 and 1, and one between; all of one pair have the same score."""
+    given = {name: {"w": torch.tensor([x])} for name, x in zip("abcde", (1.0, 1.0, 0.0, 0.0, 0.5), strict=True)}
+    assert float(Krum(1).combine(given, even(given))["w"]) == 1.0
+    turned = dict(reversed(given.items()))
+    assert float(Krum(1).combine(turned, even(turned))["w"]) == 0.0
+
+
+def test_a_share_is_what_it_says_whatever_floats_make_of_it() -> None:
+    """0.07 x 100 is 7.000000000000001 in floats; 7 on either side, not 8."""
+    assert TrimmedMean(0.07)._cut(100) == 7
+    assert TrimmedMean(0.2)._cut(20) == 4
+    assert TrimmedMean(0.21)._cut(20) == 5
+
+
 # ---- preconditions
+
+
+def test_multikrum_keeps_no_more_than_can_be_right() -> None:
+    MultiKrum(2, keep=8).expect(10)
+    with pytest.raises(lamina.ConfigError, match="rounds of 11 clients"):
+        MultiKrum(2, keep=9).expect(10)
+
+
+@pytest.mark.parametrize("rule", [Median(), TrimmedMean()], ids=repr)
+def test_entry_by_entry_rules_are_refused_under_a_sparse_uplink(rule: Rule) -> None:
+    """Most clients leave an entry out, so its median is 0, and nothing would be learnt."""
+    with pytest.raises(lamina.ConfigError, match="E115") as caught:
+        federation(rule, lamina.ErrorFeedback(), uplink=lamina.wire.TopK(0.1))
+    assert "geomedian" in caught.value.remedy
+    made(federation(GeometricMedian(), lamina.ErrorFeedback(), uplink=lamina.wire.TopK(0.1)))
+
+
+def test_a_round_with_too_few_answers_for_the_rule_ends_the_run() -> None:
+    """Krum(f=1) needs five; two of six send NaN."""
+    fed = attacked(federation(Krum(1)), "nan", 0.34, 0)
+    with pytest.raises(lamina.RunError, match="E318"):
+        made(fed)
 
 
 @pytest.mark.parametrize(
     ("make", "clients"),
     [
-        (lambda: Median(), 2), (lambda: TrimmedMean(0.3), 2), (lambda: Krum(2), 6), (lambda: MultiKrum(1, keep=9), 8),
+        (lambda: Median(), 2), (lambda: TrimmedMean(0.3), 2), (lambda: Krum(2), 6), (lambda: MultiKrum(1, keep=9), 9),
         (lambda: GeometricMedian(), 2), (lambda: FLTrust("a"), 1),
     ],
 )  # fmt: skip
@@ -241,3 +338,98 @@ def test_what_is_no_rule_is_refused() -> None:
 
 def test_every_rule_has_a_name() -> None:
     assert set(RULES) == {"median", "trimmed", "krum", "multikrum", "geomedian", "fltrust"}
+
+
+# ---- by a config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        ([], "mean"),
+        (["aggregate=median"], Median()),
+        (["aggregate=trimmed", "aggregate.share=0.3"], TrimmedMean(0.3)),
+        (['aggregate={name="krum",f=2}'], Krum(2)),
+        (["aggregate=multikrum", "aggregate.keep=none"], MultiKrum(1)),
+        (["aggregate=geomedian"], GeometricMedian()),
+        (["aggregate=fltrust", 'aggregate.root="3"'], FLTrust("3")),
+    ],
+)
+def test_a_rule_is_a_part_of_the_config(arguments: list[str], rule: Any, tmp_path: Path) -> None:
+    config = load("quickstart", [*arguments, "cohort=all"], {})
+    fed = build(config)
+    assert fed.aggregate == (rule if rule == "mean" else repr(rule))
+    file = tmp_path / "again.toml"
+    file.write_text(to_toml(config))
+    again = load(file, env={})
+    assert again.aggregate == config.aggregate
+    assert (again.sha256, again.fixed) == (config.sha256, config.fixed)
+
+
+def test_a_config_says_where_a_rule_is_wrong() -> None:
+    for arguments, said in (
+        (["aggregate=krumm"], "did you mean 'krum'"),
+        (["aggregate=krum", "aggregate.f=-1"], "aggregate.f=-1"),
+        (["aggregate=median", "aggregate.f=1"], "median takes no arguments"),
+        (["aggregate=fltrust"], "aggregate.root is missing"),
+        (["faults.norm=medium"], "faults.norm='medium'"),
+    ):
+        with pytest.raises(lamina.ConfigError) as caught:
+            load("quickstart", arguments, {})
+        assert said in f"{caught.value}  {caught.value.remedy}"
+        assert "command line" in str(caught.value)
+    with pytest.raises(lamina.ConfigError, match=r"E115.*9 clients"):
+        build(load("quickstart", ["aggregate=krum", "aggregate.f=3", "cohort=8"], {}))
+
+
+def test_a_rule_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n\n\n@dataclass(frozen=True)\nclass Largest:\n    power: int = 1\n\n"
+        "    def expect(self, clients):\n        pass\n\n    def combine(self, updates, weights):\n"
+        "        return dict(updates[max(weights, key=weights.get)])\n\n\nclass Not:\n    pass\n"
+    )
+    entry = f"{tmp_path}/mine.py"
+    fed = build(load("quickstart", [f"aggregate={entry}:Largest", "aggregate.power=2"], {}))
+    assert fed.aggregate == "Largest(power=2)"
+    made(fed, 1)
+    with pytest.raises(lamina.ConfigError, match="E106"):
+        load("quickstart", [f"aggregate={entry}:Not"], {})
+
+
+def test_a_rule_and_a_bound_change_the_fingerprint_of_a_config() -> None:
+    given = ([], ["aggregate=median"], ["faults.norm=median"], ["aggregate=krum"], ["aggregate=krum", "aggregate.f=2"])
+    configs = [load("quickstart", arguments, {}) for arguments in given]
+    assert len({config.sha256 for config in configs}) == len(configs)
+    assert len({str(config.fixed) for config in configs}) == len(configs)
+
+
+def test_a_run_says_its_rule_and_is_resumed_and_verified(tmp_path: Path) -> None:
+    arguments = ["aggregate=multikrum", "faults.norm=median", "cohort=all", "rounds=3"]
+    config = load("quickstart", arguments, {})
+    whole = build(config).fit(3, tmp_path / "whole", config=config, progress=False)
+    assert whole.info["aggregate"] == "MultiKrum(f=1, keep=None)"
+    half = build(config).fit(2, tmp_path / "half", config=config, progress=False)
+    resumed = runs.resume(half.path, 3, progress=False)
+    assert resumed.info["final_sha256"] == whole.info["final_sha256"]
+    assert not [check for check in verify.files(resumed.path) if check.problem]
+    checked = verify.resend(whole.path, afresh=True, say=lambda said: None)
+    assert all(model.sha256 == model.written for model in checked.models)
+
+
+@pytest.mark.parametrize(
+    ("options", "key"), [({"aggregate": Median()}, "aggregate"), ({"faults": {"norm": "median"}}, "faults.norm")]
+)
+def test_nodes_that_answer_for_several_clients_are_refused(options: dict[str, Any], key: str) -> None:
+    fed = federation(options.pop("aggregate", "mean"), **options)
+    with pytest.raises(lamina.ConfigError, match="E118") as caught:
+        over(fed, None, together=True)
+    assert caught.value.where == key
+
+
+def test_rules_are_listed() -> None:
+    result = CliRunner().invoke(cli.app, ["list", "rules", "--json"])
+    names = [json.loads(line)["name"] for line in result.stdout.splitlines()]
+    assert names == ["mean", *RULES]
+    assert "E115" not in result.output
+    shown = CliRunner().invoke(cli.app, ["list", "rules"], env={"COLUMNS": "160"})
+    assert "share=0.2" in shown.stdout

@@ -3,8 +3,12 @@
     updates of the accepted clients, in the schedule's order  ->  one update
 
 All but the mean look at every client's update by itself, so as many models as there are clients in a round are in
-memory, and messages are not taken together (`stacked`, nodes that answer for several clients). Figures of the records
-(divergence and the like) stay those of the mean: they say what the clients did, not what was made of it.
+memory, and messages are not taken together (`stacked`, nodes that answer for several clients). Only the update goes
+through the rule: buffers and a method's further trees (a control variate) stay averages, which nothing defends but
+`faults.norm`. Figures of the records (divergence and the like) stay those of the mean: they say what the clients did,
+not what was made of it.
+
+A number too large for its square is farther away than any other, and never the reason for a NaN.
 
 Sources: trimmed mean and median, Yin et al. 2018; Krum and Multi-Krum, Blanchard et al. 2017; geometric median,
 Pillutla et al. 2022 (RFA); FLTrust, Cao et al. 2021, with a client that the server trusts in the place of its own data.
@@ -12,7 +16,8 @@ Pillutla et al. 2022 (RFA); FLTrust, Cao et al. 2021, with a client that the ser
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -48,18 +53,15 @@ class Median:
     Holds against fewer than half of the clients.
     """
 
+    entrywise: ClassVar[bool] = True  # an entry that most clients leave out is 0
+
     def expect(self, clients: int) -> None:
         _expect(self, clients, 3, "the median of fewer updates is one of them, or their mean")
 
     def combine(self, updates: Mapping[str, Params], weights: Mapping[str, float]) -> Params:
         m = len(updates)
         low, high = (m - 1) // 2, m // 2
-
-        def middle(x: Tensor) -> Tensor:
-            s = x.sort(0).values
-            return (s[low] + s[high]) / 2
-
-        return _by_layer(updates, middle)
+        return _entrywise(updates, lambda s: s[:, low] if low == high else (s[:, low] + s[:, high]) / 2)
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,14 @@ class TrimmedMean:
 
     share: float = 0.2
 
+    entrywise: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         fine = is_number(self.share, 0, 0.5) and self.share > 0
         expect(fine, f"share={self.share}: expected 0 < share < 0.5", code="E115", where="aggregate.share")
 
     def _cut(self, clients: int) -> int:
-        return -int(-self.share * clients // 1)
+        return math.ceil(round(self.share * clients, 9))  # 0.07 of 100 clients are 7, whatever floats make of it
 
     def expect(self, clients: int) -> None:
         fine = 2 * self._cut(clients) < clients
@@ -86,7 +90,7 @@ class TrimmedMean:
 
     def combine(self, updates: Mapping[str, Params], weights: Mapping[str, float]) -> Params:
         cut = self._cut(len(updates))
-        return _by_layer(updates, lambda x: x.sort(0).values[cut : len(x) - cut].mean(0))
+        return _entrywise(updates, lambda s: s[:, cut : s.shape[1] - cut].mean(1))
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class MultiKrum:
 
     Args:
         f: clients that may be wrong, >= 0; a round needs 2 f + 3.
-        keep: how many updates, >= 1; None: all but f.
+        keep: how many updates, >= 1, at most all but f; None: all but f.
     """
 
     f: int = 1
@@ -128,7 +132,8 @@ class MultiKrum:
         expect(fine, f"keep={self.keep}: expected a whole number >= 1", code="E115", where="aggregate.keep")
 
     def expect(self, clients: int) -> None:
-        _expect(self, clients, max(2 * self.f + 3, self.keep or 0), "it would listen to those who are wrong")
+        least = max(2 * self.f + 3, self.f + (self.keep or 0))
+        _expect(self, clients, least, "it would listen to those who are wrong")
 
     def combine(self, updates: Mapping[str, Params], weights: Mapping[str, float]) -> Params:
         names = list(updates)
@@ -143,11 +148,11 @@ class GeometricMedian:
     """The point with the smallest weighted sum of distances to the updates, by smoothed Weiszfeld steps.
 
     Args:
-        steps: >= 1.
+        steps: at most, >= 1; it ends before them where a step changes nothing any more.
         smooth: distances below this share of the median one count as it, > 0.
     """
 
-    steps: int = 16
+    steps: int = 100
     smooth: float = 1e-6
 
     def __post_init__(self) -> None:
@@ -159,19 +164,36 @@ class GeometricMedian:
         _expect(self, clients, 3, "the geometric median of fewer updates is one of them, or anything between them")
 
     def combine(self, updates: Mapping[str, Params], weights: Mapping[str, float]) -> Params:
-        """Everything follows from the products of the updates: the point is always a weighted mean of them."""
+        """Everything follows from the products of the updates: the point is always a weighted mean of them.
+
+        The first step is taken from the update that has half of the others nearest to it, not from the mean: that may
+        be as far off as somebody likes, and steps come back from there by a constant factor only.
+        """
         each = list(updates.values())
         gram = _gram(each)
         p = torch.tensor([weights[name] for name in updates], dtype=torch.float64)
-        beta = p / p.sum()
+        apart = _distances(gram).sqrt()
+        scales = [_weighted_median(row, p) for row in apart]
+        nearest = scales.index(min(scales))
+        distances, scale = apart[nearest], scales[nearest]
+        if scale == 0:  # half of the weight is at this very point
+            return {name: x.clone() for name, x in each[nearest].items()}
+        if not math.isfinite(scale):
+            raise LookupError("most updates are too long for their squares to be numbers")
+        usable = distances.isfinite()  # the products of the others are not
+        gram = torch.where(usable[:, None] & usable[None, :], gram, 0.0)
+        beta = _normal(p / distances.clamp(min=scale))
         for _ in range(self.steps):
-            distances = (gram.diagonal() - 2 * (gram @ beta) + beta @ gram @ beta).clamp(min=0).sqrt()
-            least = self.smooth * float(distances.median())
+            squares = gram.diagonal() - 2 * (gram @ beta) + beta @ gram @ beta
+            distances = torch.where(usable, squares.clamp(min=0).sqrt(), torch.inf)
+            least = self.smooth * _weighted_median(distances, p)
             if least == 0:
                 break
-            beta = p / distances.clamp(min=least)
-            beta = beta / beta.sum()
-        return _weighted(updates, dict(zip(updates, beta.tolist(), strict=True)))
+            before, beta = beta, _normal(p / distances.clamp(min=least))
+            if float((beta - before).abs().max()) < 1e-12:
+                break
+        shares = {name: share for name, share in zip(updates, beta.tolist(), strict=True) if share > 0}
+        return _weighted(updates, shares)
 
 
 @dataclass(frozen=True)
@@ -231,10 +253,21 @@ def _expect(rule: Any, clients: int, least: int, why: str) -> None:
     expect(clients >= least, said, code="E115", where="aggregate", remedy=remedy)
 
 
-def _by_layer(updates: Mapping[str, Params], one: Callable[[Tensor], Tensor]) -> Params:
-    """Layer by layer from [clients, ...], so that only one layer is stacked at a time."""
+_PIECE = 1 << 16  # entries of a layer that are looked at together, over all clients
+
+
+def _pieces(updates: Sequence[Params], name: str) -> Iterator[Tensor]:
+    """A layer of all clients as [entries, clients], some entries at a time: never a second copy of everything."""
+    flat = [update[name].reshape(-1) for update in updates]
+    for start in range(0, max(1, len(flat[0])), _PIECE):
+        yield torch.stack([x[start : start + _PIECE] for x in flat], dim=1)
+
+
+def _entrywise(updates: Mapping[str, Params], one: Callable[[Tensor], Tensor]) -> Params:
+    """Each entry's own value from [entries, clients], sorted."""
     each = list(updates.values())
-    return {name: one(torch.stack([update[name] for update in each])) for name in each[0]}
+    made = {name: [one(piece.sort(1).values) for piece in _pieces(each, name)] for name in each[0]}
+    return {name: torch.cat(parts).view(each[0][name].shape) for name, parts in made.items()}
 
 
 def _weighted(updates: Mapping[str, Params], weights: Mapping[str, float]) -> Params:
@@ -255,16 +288,34 @@ def _gram(updates: Sequence[Params]) -> Tensor:
     """Products of all pairs in float64, [m, m], layer by layer."""
     made = torch.zeros(len(updates), len(updates), dtype=torch.float64)
     for name in updates[0]:
-        flat = torch.stack([update[name].flatten() for update in updates]).double()
-        made += flat @ flat.T
+        for piece in _pieces(updates, name):
+            exact = piece.double()
+            made += exact.T @ exact
     return made
+
+
+def _distances(gram: Tensor) -> Tensor:
+    """Squared distances of all pairs; infinite where numbers are too large for their squares."""
+    norms = gram.diagonal()
+    made = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    made.fill_diagonal_(0.0)
+    return made
+
+
+def _weighted_median(x: Tensor, weights: Tensor) -> float:
+    """The smallest value up to which half of the weight is."""
+    order = x.argsort(stable=True)
+    reached = weights[order].cumsum(0)
+    return float(x[order[int((reached >= reached[-1] / 2).nonzero()[0])]])
+
+
+def _normal(shares: Tensor) -> Tensor:
+    return shares / shares.sum()
 
 
 def _krum_order(updates: Sequence[Params], f: int) -> list[int]:
     """Positions by score, best first; the lower position among equals."""
-    gram = _gram(updates)
-    norms = gram.diagonal()
-    distances = (norms[:, None] + norms[None, :] - 2 * gram).clamp(min=0)
+    distances = _distances(_gram(updates))
     distances.fill_diagonal_(torch.inf)
     nearest = distances.sort(1).values[:, : len(updates) - f - 2]
     return sorted(range(len(updates)), key=lambda i: (float(nearest[i].sum()), i))
