@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,9 @@ def test_a_checkpoint_of_before_they_were_kept_is_read(tmp_path: Path) -> None:
     document = json.loads((path / "state.json").read_text())
     del document["past"]
     (path / "state.json").write_text(json.dumps(document))
-    manifest = json.loads((path / "MANIFEST.json").read_text())
-    manifest["sha256"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
-    (path / "MANIFEST.json").write_text(json.dumps(manifest))
+    hashes = json.loads((path / "MANIFEST.json").read_text())["sha256"]
+    hashes["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "MANIFEST.json").write_text(json.dumps({"version": 1, "sha256": hashes}))  # without a parent, too
     again, _ = checkpoint.read(path, fed)
     assert again.past == ()
     assert cases.learned(cases.states(fed, 1, again)[-1]) == cases.learned(third)
@@ -326,3 +327,163 @@ def test_the_checkpoint_of_another_version_is_refused(tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="version 2, this lamina reads 1") as caught:
         checkpoint.read(path, cases.federation(FedLAMA(phi=2)))
     assert caught.value.code == "E405"
+
+
+# ---- the chain
+
+
+def chain(folder: Path, rounds: int = 3, **options: Any) -> list[Path]:
+    (state,) = states(1)
+    return [checkpoint.commit(renumbered(state, n), folder, **options) for n in range(1, rounds + 1)]
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "MANIFEST.json").read_text())
+    return found
+
+
+def hash_of(path: Path) -> str:
+    return hashlib.sha256((path / "MANIFEST.json").read_bytes()).hexdigest()
+
+
+def test_a_manifest_names_the_one_before_by_its_hash(tmp_path: Path) -> None:
+    _, second, third = chain(tmp_path)
+    assert names(tmp_path) == ["round-000002", "round-000003"]
+    assert manifest(second)["parent"]["round"] == 1
+    assert manifest(third)["parent"] == {"round": 2, "sha256": hash_of(second)}
+    assert manifest(third)["round"] == 3
+    assert checkpoint.unlinked(third) is None
+
+
+def test_the_first_has_none_before_it(tmp_path: Path) -> None:
+    (first,) = chain(tmp_path, 1)
+    assert (manifest(first)["parent"], manifest(first)["best"]) == (None, None)
+
+
+def test_the_best_is_kept_beside_the_newest_two(tmp_path: Path) -> None:
+    (state,) = states(1)
+    for n, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        last = checkpoint.commit(renumbered(state, n), tmp_path, best=best)
+    assert names(tmp_path) == ["round-000002", "round-000004", "round-000005"]
+    assert manifest(last)["best"] == {"round": 2, "sha256": hash_of(tmp_path / "round-000002")}
+    checkpoint.commit(renumbered(state, 6), tmp_path, best=6)
+    assert names(tmp_path) == ["round-000005", "round-000006"]
+
+
+def test_what_went_on_from_an_older_one_names_that_and_keeps_it(tmp_path: Path) -> None:
+    """Round 3 is damaged; whoever goes on from 2 must not throw 2 away for 3."""
+    *_, second, third = chain(tmp_path)
+    (third / "model.safetensors").write_bytes(b"")
+    (state,) = states(1)
+    fourth = checkpoint.commit(renumbered(state, 4), tmp_path, after=2)
+    assert names(tmp_path) == ["round-000002", "round-000004"]
+    assert manifest(fourth)["parent"] == {"round": 2, "sha256": hash_of(second)}
+
+
+def test_another_checkpoint_in_the_place_of_the_one_before_breaks_the_chain(tmp_path: Path) -> None:
+    """Whole in itself, and made by a run with another learning rate, say."""
+    *_, second, third = chain(tmp_path / "mine")
+    (other,) = cases.states(cases.federation(FedLAMA(phi=2), seed=8), 1)
+    checkpoint.commit(renumbered(other, 2), tmp_path / "other")
+    shutil.rmtree(second)
+    shutil.copytree(tmp_path / "other" / "round-000002", second)
+    assert checkpoint.intact(second)
+    assert checkpoint.unlinked(third) == "round-000002 is not the one that it goes on from"
+
+
+def test_a_checkpoint_under_the_name_of_another_is_none(tmp_path: Path) -> None:
+    *_, third = chain(tmp_path)
+    third.rename(tmp_path / "round-000007")
+    assert not checkpoint.intact(tmp_path / "round-000007")
+
+
+def test_every_byte_of_a_manifest_counts(tmp_path: Path) -> None:
+    """One bit of it is flipped; R5 of the reliability table tries all eight."""
+    (path,) = chain(tmp_path, 1)
+    file = path / "MANIFEST.json"
+    blob = file.read_bytes()
+    for at in range(len(blob)):
+        file.write_bytes(blob[:at] + bytes([blob[at] ^ (1 << at % 8)]) + blob[at + 1 :])
+        assert not checkpoint.intact(path), at
+    file.write_bytes(blob)
+    assert checkpoint.intact(path)
+
+
+def test_a_checkpoint_of_an_earlier_lamina_is_the_parent_of_one_of_this(tmp_path: Path) -> None:
+    _, second = chain(tmp_path, 2)
+    (second / "MANIFEST.json").write_text(json.dumps({"version": 1, "sha256": manifest(second)["sha256"]}))
+    assert checkpoint.intact(second)
+    (state,) = states(1)
+    third = checkpoint.commit(renumbered(state, 3), tmp_path)
+    assert manifest(third)["parent"] == {"round": 2, "sha256": hash_of(second)}
+    assert checkpoint.unlinked(third) is None
+
+
+def test_one_that_goes_is_none_from_its_first_file_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while it is deleted, as if nothing could be deleted behind the first file."""
+    first, second = chain(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    checkpoint._remove(first)
+    assert first.is_dir()
+    assert checkpoint.committed(tmp_path) == [second]
+
+
+def test_a_state_is_compared_with_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
+    first, second = cases.states(cases.federation(Scaffold(), "small"), 2)
+    path = checkpoint.commit(first, tmp_path)
+    assert checkpoint.differences(first, path) == []
+    files = ["clients.safetensors", "model.safetensors", "server.safetensors", "state.json"]
+    assert sorted(checkpoint.differences(second, path)) == files
+    name = next(iter(first.params))
+    first.params[name].view(-1)[0].nextafter_(torch.tensor(9.0))
+    assert checkpoint.differences(first, path) == ["model.safetensors"]
+
+
+# ---- how often
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def paced(
+    monkeypatch: pytest.MonkeyPatch, rounds: int, seconds: float, cost: Callable[[int], float]
+) -> tuple[float, int]:
+    """Share of the time that commits cost, and their number, in so many rounds of so many seconds each."""
+    clock = Clock()
+    monkeypatch.setattr(checkpoint, "time", clock)
+    pace, spent, commits = checkpoint.Pace(), 0.0, 0
+    for _ in range(rounds):
+        clock.now += seconds
+        if pace.due():
+            took = cost(commits)
+            clock.now += took
+            pace.took(took)
+            spent, commits = spent + took, commits + 1
+    return spent / (clock.now - 100), commits
+
+
+@pytest.mark.parametrize("seconds", [0.01, 1.0, 20.0])
+def test_commits_cost_at_most_2_percent_of_the_time_and_not_much_less(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 0.1 s: one in 5 s, so 2,000 in 10,000 s; after rounds of 20 s every round is committed."""
+    share, commits = paced(monkeypatch, int(10_000 / seconds), seconds, lambda n: 0.1)
+    assert share <= 0.02
+    assert commits == (500 if seconds == 20 else pytest.approx(2000, rel=0.02))
+
+
+def test_a_slow_commit_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third takes 10 s instead of 0.1 s: the next is due when 20.2 s are 2 % of the time, after 1,010 s."""
+    share, commits = paced(monkeypatch, 900, 1.0, lambda n: 10.0 if n == 2 else 0.1)
+    assert commits == 3
+    share, commits = paced(monkeypatch, 100_000, 1.0, lambda n: 10.0 if n == 2 else 0.1)
+    assert 0.0195 < share <= 0.02
+
+
+def test_the_first_round_is_committed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paced(monkeypatch, 1, 1.0, lambda n: 5.0)[1] == 1

@@ -15,7 +15,7 @@ from lamina import Federation, RunError, StorageError, WireError, checkpoint, cl
 from lamina.config import build, load
 from lamina.errors import LaminaError
 from lamina.runs import Run, fit, resume
-from lamina.verify import PREFIX, Line, files, resend
+from lamina.verify import PREFIX, Line, files, replay, resend
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
 METHODS = {
@@ -215,7 +215,7 @@ def test_a_ledger_that_is_forged_everywhere_is_not_what_the_socket_carried(folde
     (place / "state.json").write_text(json.dumps(state | {"bytes_up": state["bytes_up"] + more}))
     manifest = json.loads((place / "MANIFEST.json").read_text())
     manifest["sha256"]["state.json"] = checkpoint._sha256((place / "state.json").read_bytes())
-    (place / "MANIFEST.json").write_text(json.dumps(manifest))
+    (place / "MANIFEST.json").write_bytes(checkpoint.sealed({k: v for k, v in manifest.items() if k != "own"}))
 
     assert not problems(folder)
     own = Run.open(folder).records[3].bytes_up - more
@@ -318,7 +318,118 @@ def test_looking_through_a_carrier_leaves_the_federation_as_it_was() -> None:
     assert len(seen) == 6
 
 
+# ---- its rounds once more
+
+
+REPLAYED = {
+    "fedavg": (),
+    "fedlama": ("method=fedlama", "uplink=topk:0.1"),
+    "ssfl": ("method=ssfl",),
+    "lips": ("method=lips", "method.rounds=6", "model.widths=[64, 12, 11, 10]"),
+    "stc": METHODS["stc"],
+    "int8": METHODS["int8"],
+    "rule": ("aggregate=median",),
+    "network": ("network.up=5Mbit", "network.down=5Mbit"),
+    "processes": ("engine=processes", "workers=2"),
+    "clients there": ("availability=random:0.7", "run.keep_clients_log=true"),
+    "tested every other": ("evaluate_every=2",),
+}
+
+
+@pytest.mark.parametrize("name", REPLAYED)
+def test_rounds_made_once_more_are_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    run = make(tmp_path / "run", *REPLAYED[name], rounds=6)
+    said: list[str] = []
+    replayed = replay(run.path, 99, say=said.append)
+    assert replayed.problems == ()
+    assert replayed.rounds == 6
+    assert replayed.stretches[-1].end == 6
+    assert replayed.stretches[-1].kept == "round-000006"
+    assert replay(run.path, 1, afresh=True, say=quiet).stretches == ((0, 6, "the start", "round-000006"),)
+    assert len(said) == len(replayed.stretches)
+
+
+def test_so_many_rounds_are_drawn_by_the_seed_behind_the_checkpoints(tmp_path: Path) -> None:
+    """After rounds 2, 4, 6 and 8 of 8; the newest two and the best are kept."""
+    run = make(tmp_path / "run", rounds=8)
+    drawn = {seed: replay(run.path, 3, seed=seed, say=quiet).stretches for seed in range(4)}
+    assert all(sum(s.end - s.begin for s in stretches) == 3 for stretches in drawn.values())
+    assert len(set(drawn.values())) > 1
+    assert drawn[0] == replay(run.path, 3, seed=0, say=quiet).stretches
+    starts = {0, *(int(p.name[6:]) for p in checkpoint.committed(run.path / "checkpoints"))}
+    assert {s.begin for stretches in drawn.values() for s in stretches} <= starts
+
+
+def test_a_run_that_was_stopped_and_made_longer_is_replayed(tmp_path: Path) -> None:
+    make(tmp_path / "run", "method=fedlama", "evaluate_every=2", rounds=3)
+    resume(tmp_path / "run", 6, progress=False)
+    assert replay(tmp_path / "run", 1, afresh=True, say=quiet).problems == ()
+
+
+def test_a_number_that_was_edited_everywhere_is_found_by_replay(folder: Path) -> None:
+    """The training loss of round 2 in its last digit: no sum and no length knows it."""
+    text = (folder / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in text.splitlines()]
+    digit = json.dumps(rows[2]["train_loss"])
+    other = digit[:-1] + ("1" if digit[-1] != "1" else "2")
+    (folder / "metrics.jsonl").write_text(text.replace(f'"train_loss": {digit}', f'"train_loss": {other}'))
+    assert not problems(folder)
+    assert replay(folder, 99, say=quiet).problems == ("round 2 is another one than in metrics.jsonl in train_loss",)
+    result = lamina("verify", str(folder), "--replay", "4")
+    assert result.exit_code == 5
+    assert result.stderr.startswith("E408  round 2 is another one than in metrics.jsonl in train_loss")
+
+
+def test_a_state_that_is_not_that_of_its_rounds_is_found_by_replay(folder: Path) -> None:
+    """The last checkpoint is of another seed, and whole."""
+    other = make(folder.parent / "other", "seed=5", "run.keep_clients_log=true")
+    place = folder / "checkpoints" / "round-000004"
+    files = [path for path in place.iterdir() if path.name.endswith("safetensors")]
+    manifest = json.loads((place / "MANIFEST.json").read_text())
+    for file in files:
+        blob = (other.path / "checkpoints" / place.name / file.name).read_bytes()
+        file.write_bytes(blob)
+        manifest["sha256"][file.name] = checkpoint._sha256(blob)
+    (place / "MANIFEST.json").write_bytes(checkpoint.sealed({k: v for k, v in manifest.items() if k != "own"}))
+    found = replay(folder, 99, say=quiet).problems
+    assert "after round 3 the state is not that in round-000004/model.safetensors" in found
+
+
+def test_replaying_writes_nothing_into_the_run_nor_into_its_clients(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "method=errorfeedback", "uplink=topk:0.1", f"store=disk:{tmp_path / 'clients'}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert replay(run.path, 99, say=quiet).problems == ()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_on_other_cores_a_run_of_threads_is_not_replayed(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", "engine=threads")
+    (run.path / "run.json").write_text(json.dumps(run.info | {"cores": run.info["cores"] + 64}))
+    with pytest.raises(StorageError, match="not bit-identical") as caught:
+        replay(run.path, 1, say=quiet)
+    assert caught.value.code == "E405"
+
+
+def test_the_command_replays(made: Path) -> None:
+    result = lamina("verify", str(made), "--replay", "2", "--seed", "3")
+    assert result.exit_code == 0, result.output
+    assert "once more, from" in result.stdout
+    events = [json.loads(line) for line in lamina("verify", str(made), "--replay", "9", "--json").stdout.splitlines()]
+    assert sum(e["end"] - e["begin"] for e in events if e["event"] == "replayed") == 4
+    for arguments in (("--afresh",), ("--seed", "1")):
+        assert lamina("verify", str(made), *arguments).exit_code == 2
+
+
 # ---- the files
+
+
+def test_a_checkpoint_that_is_not_of_this_run_is_named(folder: Path) -> None:
+    """Whole in itself; the one behind it names another."""
+    other = make(folder.parent / "other", "seed=5", "run.keep_clients_log=true")
+    place = folder / "checkpoints" / "round-000002"
+    shutil.rmtree(place)
+    shutil.copytree(other.path / "checkpoints" / place.name, place)
+    assert problems(folder)["round-000004"] == "round-000002 is not the one that it goes on from"
 
 
 def test_a_whole_run_holds(made: Path) -> None:

@@ -2,7 +2,8 @@
 
     checkpoints/round-000012/{model,server,clients}.safetensors  state.json  MANIFEST.json
 
-Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept. No pickle.
+Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept, and the best.
+The manifest has the SHA-256 of every file, of the manifest of the checkpoint before, and its own: a chain. No pickle.
 With Federation(store="disk:PATH") the clients' rows are on disk already: state.json says where, instead of
 clients.safetensors, and the store keeps them for as long as the checkpoint is there.
 """
@@ -10,10 +11,12 @@ clients.safetensors, and the store keeps them for as long as the checkpoint is t
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,55 +29,118 @@ from lamina.books import Observed
 from lamina.downlink import Change, Version
 from lamina.errors import StorageError
 from lamina.federation import Federation, State
+from lamina.privacy.accountant import Made
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
 from lamina.tree import flatten, skeleton, unflatten
 
 _VERSION = 1
-_KEEP = 2
+_COST = 0.02  # share of the time that commits may cost, when it is left to `Pace`
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MANIFEST = "MANIFEST.json"
+_SEAL = b', "own": "'  # then the SHA-256 of what stands before it
 _CLIENTS = "clients.safetensors"
 _NAMES = {"model.safetensors", "server.safetensors", "state.json"}
 
 
-def commit(state: State, folder: Path, extra: Mapping[str, Any] | None = None) -> Path:
+class Pace:
+    """When the next commit is due, so that all of them together cost at most 2 % of the time since this was made. The
+    first is due at once: then it is known what one costs."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._spent = 0.0
+        self._last = 0.0
+
+    def due(self) -> bool:
+        return self._spent + self._last <= _COST * (time.monotonic() - self._began)
+
+    def took(self, seconds: float) -> None:
+        self._last = seconds
+        self._spent += seconds
+
+
+def commit(
+    state: State,
+    folder: Path,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    after: int | None = None,
+    best: int | None = None,
+) -> Path:
     """Writes the state as one more checkpoint under `folder` and returns its path.
 
     Args:
         extra: plain JSON kept beside it, e.g. the lengths of the run's jsonl files.
+        after: rounds done at the checkpoint that this one goes on from; None: at the newest before it.
+        best: rounds done at one that is kept however old it gets.
 
     Raises:
         StorageError: E401 when the disk is full or fails; earlier checkpoints are untouched.
     """
-    final = folder / f"round-{state.round:06d}"
-    temporary = folder / f".round-{state.round:06d}.tmp"
+    final = place(folder, state.round)
+    temporary = folder / f".{final.name}.tmp"
+    files: dict[str, bytes] = {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        links = {"parent": _link(_before(folder, state.round, after)), "best": None}
+        if best is not None and best != state.round:
+            links["best"] = _link(place(folder, best))
         state.clients.pin(final)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         files = _files(state)
         files["state.json"] = json.dumps(_document(state) | {"extra": dict(extra or {})}).encode()
         hashes = {name: _write(temporary / name, blob) for name, blob in files.items()}
-        _write(temporary / _MANIFEST, json.dumps({"version": _VERSION, "sha256": hashes}).encode())
-        _sync(temporary)
-        shutil.rmtree(final, ignore_errors=True)  # a round that is committed again after going back to before it
+        manifest = {"version": _VERSION, "round": state.round, **links, "sha256": hashes}
+        _write(temporary / _MANIFEST, sealed(manifest))
+        sync(temporary)
+        _remove(final)  # a round that is committed again after going back to before it
         temporary.rename(final)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        needed = f"; it needs {sum(map(len, files.values()))} bytes" if files and error.errno in _FULL else ""
         raise StorageError(
-            f"checkpoint of round {state.round} could not be written: {error.strerror or error}",
+            f"checkpoint of round {state.round} could not be written: {error.strerror or error}{needed}",
             code="E401",
             where=str(folder),
             remedy="free some space; earlier checkpoints are intact, so `lamina resume` goes on from the last one",
         ) from error
-    kept = {final, *[path for path in committed(folder) if path != final][1 - _KEEP :]}
+    kept = {final, *[place(folder, link["round"]) for link in links.values() if link is not None]}
     for path in (*folder.glob("round-*"), *folder.glob(".round-*.tmp")):  # those cut short by a crash, too
         if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
     with contextlib.suppress(OSError):  # then rows are kept that nobody needs, until the next commit
         state.clients.shelf.unpin(folder)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Without its manifest it is no checkpoint any more, so one that goes is never seen half gone."""
+    with contextlib.suppress(OSError):
+        (path / _MANIFEST).unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def place(folder: Path, done: int) -> Path:
+    """Where the checkpoint after so many rounds is."""
+    return folder / f"round-{done:06d}"
+
+
+def _before(folder: Path, done: int, after: int | None) -> Path | None:
+    """The checkpoint that the one after so many rounds goes on from."""
+    if after is not None and after < done:
+        return place(folder, after)
+    return next((path for path in reversed(committed(folder)) if path < place(folder, done) and _link(path)), None)
+
+
+def _link(path: Path | None) -> dict[str, Any] | None:
+    """What another manifest says of this checkpoint; None where there is none."""
+    if path is None or _manifest(path) is None:
+        return None
+    return {"round": int(path.name.rpartition("-")[2]), "sha256": _sha256((path / _MANIFEST).read_bytes())}
 
 
 def committed(folder: Path) -> list[Path]:
@@ -89,11 +155,53 @@ def latest(folder: Path) -> Path | None:
 
 def intact(path: Path) -> bool:
     try:
-        hashes = json.loads((path / _MANIFEST).read_bytes())["sha256"]
+        hashes = (_manifest(path) or {})["sha256"]
         whole = set(hashes) - {_CLIENTS} == _NAMES
         return whole and all(_sha256((path / name).read_bytes()) == sha256 for name, sha256 in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def unlinked(path: Path) -> str | None:
+    """What is wrong with the chain here: that a checkpoint which this one names is there and is another one."""
+    manifest = _manifest(path) or {}
+    for key, about in (("parent", "goes on from"), ("best", "keeps as the best")):
+        link = manifest.get(key)
+        if link is not None:
+            other = place(path.parent, link["round"])
+            if (other / _MANIFEST).is_file() and _link(other) != link:
+                return f"{other.name} is not the one that it {about}"
+    return None
+
+
+def differences(state: State, path: Path) -> list[str]:
+    """The files at `path`, which is intact, that do not hold this state, to the bit."""
+    hashes = (_manifest(path) or {})["sha256"]
+    odd = [name for name, blob in _files(state).items() if name in hashes and _sha256(blob) != hashes[name]]
+    mine, written = _document(state), json.loads((path / "state.json").read_bytes())
+    known = (k for k in mine if k in written and k not in ("held", "clients", "rows"))  # these share what is alike
+    return odd if all(json.dumps(mine[k]) == json.dumps(written[k]) for k in known) else [*odd, "state.json"]
+
+
+def sealed(manifest: Mapping[str, Any]) -> bytes:
+    """As JSON, with the SHA-256 of itself at the end."""
+    text = json.dumps(manifest).encode()[:-1]
+    return text + _SEAL + _sha256(text).encode() + b'"}'
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    """None where there is none, or it is damaged. Those of an earlier lamina have no checksum of their own."""
+    try:
+        blob = (path / _MANIFEST).read_bytes()
+        text, found, seal = blob.rpartition(_SEAL)
+        manifest: dict[str, Any] = json.loads(blob)
+        if found:
+            same = seal == _sha256(text).encode() + b'"}' and path.name == place(path, manifest["round"]).name
+        else:
+            same = manifest.keys() == {"version", "sha256"}
+        return manifest if same else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
@@ -122,7 +230,9 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         server = unflatten(
             like, document["server"], _part(_load(path / "server.safetensors"), "server") | document["numbers"]
         )
-        observed = Observed(_like(fed.initial.params, _part(model, "reference")), document["elapsed"])
+        observed = Observed(
+            _like(fed.initial.params, _part(model, "reference")), document["elapsed"], _part(model, "mask")
+        )
         clients = _clients(document, path, fed)
         change = document.get("change")
         if change is not None:
@@ -148,7 +258,9 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         raise StorageError(message, code="E405", where=str(path))
     state = State(
         params, buffers, server, clients, document["round"], document["bytes_up"], document["bytes_down"], observed,
-        change, past,
+        change, past, {name: tuple(lengths) for name, lengths in document.get("norms", {}).items()},
+        {int(c): until for c, until in document.get("resting", {}).items()},
+        None if document.get("spent") is None else tuple(Made(*made) for made in document["spent"]),
     )  # fmt: skip
     return state, document["extra"]
 
@@ -160,6 +272,7 @@ def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _files(state: State) -> dict[str, bytes]:
     model = {f"params/{n}": x for n, x in state.params.items()} | {f"buffers/{n}": x for n, x in state.buffers.items()}
     model |= {f"reference/{n}": x for n, x in state.observed.reference.items()}
+    model |= {f"mask/{n}": x for n, x in state.observed.mask.items()}
     if state.change is not None:
         model |= {f"change/{n}": x for n, x in state.change.step.items()}
     model |= {f"past/{i}/{n}": x for i, version in enumerate(state.past) for n, x in version.params.items()}
@@ -212,6 +325,9 @@ def _document(state: State) -> dict[str, Any]:
         "elapsed": state.observed.elapsed,
         "change": state.change and state.change._replace(step={})._asdict(),
         "past": [version.tags for version in state.past],
+        "norms": state.norms,
+        "resting": state.resting,
+        "spent": state.spent,
         "held": held,
         "clients": {"who": who, "kind": kind, "kinds": kinds},
         "rows": on_disk,
@@ -291,7 +407,7 @@ def _write(path: Path, blob: bytes) -> str:
     return _sha256(blob)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Makes the names in a folder durable; a folder cannot be opened for that on Windows."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

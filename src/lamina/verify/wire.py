@@ -1,9 +1,7 @@
-"""Whether a run folder says what happened.
+"""A run's rounds once more, with every plan and every message through a TCP connection.
 
-`files` compares what is written with itself: checksums, lengths, sums. `resend` makes rounds of the run once more, from
-a checkpoint, with every plan and every message through a TCP connection, and compares the bytes that came out of it,
-and the model, with what is written. A TCP stream has no messages, so before every frame goes its length, in 8 bytes
-that no ledger counts; they are stated apart.
+The bytes that came out of it, and the model, are compared with what is written. A TCP stream has no messages, so before
+every frame goes its length, in 8 bytes that no ledger counts; they are stated apart.
 
 It shows what every client was sent and sent, in bytes. In what order, it does not: a plan goes down when its client's
 message has been made.
@@ -12,194 +10,25 @@ message has been made.
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
 import struct
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-
-from lamina import checkpoint
-from lamina.engine import mkl
-from lamina.errors import LaminaError, RunError, StorageError
+from lamina.errors import RunError
 from lamina.federation import Federation, State
-from lamina.folder import CLIENTS, Row, read_info, read_log, read_rows
+from lamina.folder import Row
 from lamina.record import RoundRecord
-from lamina.runs import Run, rebuilt
-from lamina.store import ClientStore
 from lamina.terminal import Column, table
+from lamina.verify.again import Model, expect_same_torch, opened, span
+from lamina.verify.written import DIRECTIONS, Written
 
 PREFIX = struct.Struct("<Q")  # length of the frame behind it
-AFRESH = 10  # rounds made once more from the start, where there is no checkpoint to begin at
-DIRECTIONS = ("up", "down")
 _PATIENCE = 60.0  # seconds for which one end waits for the other
 _PIECE = 1 << 20
-
-Accounts: TypeAlias = Counter[tuple[int, str]]  # (round, direction) -> bytes
-
-# ---- what is written, compared with itself
-
-
-class Check(NamedTuple):
-    file: str
-    said: str  # what was compared
-    problem: str | None
-
-
-def files(folder: Path) -> list[Check]:
-    """One for every file of a run that is read again. Raises StorageError when run.json cannot be read."""
-    here = _Written(folder, read_info(folder))
-    done = here.info["rounds_done"]
-    checks = [
-        _checked("metrics.jsonl", f"{done} rounds; totals as in run.json", _metrics(here)),
-        _checked("bytes.jsonl", "sums as in metrics.jsonl", _bytes(here)),
-        _checked("layers.jsonl", "bytes as in bytes.jsonl", _layers(here)),
-        _checked("events.jsonl", "whole lines", _whole(here, "events.jsonl")),
-    ]
-    if CLIENTS in here.info["lengths"]:
-        checks.append(_checked(CLIENTS, "sums as in bytes.jsonl", _clients(here)))
-    for place in checkpoint.committed(folder / "checkpoints"):
-        checks.append(_checked(place.name, "checksums; bytes as in metrics.jsonl", _checkpoint(here, place)))
-    if here.info["final_sha256"] is not None:
-        checks.append(_checked("model.safetensors", "sha256 as in run.json", _model(here)))
-    return checks
-
-
-class _Written:
-    """What is committed in a run folder."""
-
-    def __init__(self, folder: Path, info: dict[str, Any]):
-        self.folder = folder
-        self.info = info
-
-    @cached_property
-    def rows(self) -> list[Row]:
-        return read_rows(self.folder, self.info["lengths"]["metrics.jsonl"])
-
-    @cached_property
-    def traffic(self) -> Counter[tuple[int, str, str, str]]:
-        """(round, phase, direction, layer) -> bytes."""
-        traffic: Counter[tuple[int, str, str, str]] = Counter()
-        try:
-            for row in read_log(self.folder / "bytes.jsonl", self.info["lengths"]["bytes.jsonl"]):
-                traffic[row["round"], row["phase"], row["direction"], row["layer"]] += row["bytes"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise StorageError(f"bytes.jsonl is damaged: {error!r}", code="E404", where=str(self.folder)) from error
-        return traffic
-
-    def sums(self, *phases: str) -> Accounts:
-        sums: Accounts = Counter()
-        for (t, phase, direction, _), n in self.traffic.items():
-            sums[t, direction] += n if phase in phases else 0
-        return sums
-
-
-def _checked(file: str, said: str, problems: Iterator[str]) -> Check:
-    found: list[str] = []
-    try:
-        found.extend(problems)
-    except LaminaError as error:
-        found.append(error.message)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        found.append(f"cannot be read: {error!r}")
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    return Check(file, said, found[0] + more if found else None)
-
-
-def _whole(here: _Written, log: str) -> Iterator[str]:
-    """Whether the file still has what was committed, in whole lines."""
-    length = here.info["lengths"][log]
-    with (here.folder / log).open("rb") as file:
-        head = file.read(length)
-    if len(head) < length:
-        yield f"{len(head):,} bytes, run.json says {length:,}"
-    elif head and not head.endswith(b"\n"):
-        yield f"no line ends at byte {length:,}, where run.json says one does"
-
-
-def _metrics(here: _Written) -> Iterator[str]:
-    yield from _whole(here, "metrics.jsonl")
-    done = here.info["rounds_done"]
-    if [row.round for row in here.rows] != list(range(done)):
-        yield f"{len(here.rows)} lines are not one for each of the {done} rounds"
-    for direction in DIRECTIONS:
-        total = 0
-        for row in here.rows:
-            total += getattr(row, f"bytes_{direction}")
-            said = getattr(row, f"total_{direction}")
-            if total != said:
-                yield f"round {row.round}, {direction}: it adds up to {total:,} bytes so far, and says {said:,}"
-                break
-        if total != here.info[f"bytes_{direction}"]:
-            yield f"{direction}: it adds up to {total:,} bytes, run.json says {here.info[f'bytes_{direction}']:,}"
-
-
-def _bytes(here: _Written) -> Iterator[str]:
-    yield from _whole(here, "bytes.jsonl")
-    said = Counter({(row.round, way): getattr(row, f"bytes_{way}") for row in here.rows for way in DIRECTIONS})
-    yield from _differ(here.sums("round", "probe"), said, "metrics.jsonl")
-
-
-def _layers(here: _Written) -> Iterator[str]:
-    yield from _whole(here, "layers.jsonl")
-    for row in read_log(here.folder / "layers.jsonl", here.info["lengths"]["layers.jsonl"]):
-        for direction in DIRECTIONS:
-            n, said = row[f"bytes_{direction}"], here.traffic[row["round"], "round", direction, row["layer"]]
-            if n != said:
-                yield f"round {row['round']}, {direction}, {row['layer']}: {n:,} bytes, bytes.jsonl says {said:,}"
-
-
-def _clients(here: _Written) -> Iterator[str]:
-    yield from _whole(here, CLIENTS)
-    sums: Accounts = Counter()
-    for row in read_log(here.folder / CLIENTS, here.info["lengths"][CLIENTS]):
-        for direction in DIRECTIONS:
-            sums[row["round"], direction] += row[f"bytes_{direction}"]
-    yield from _differ(sums, here.sums("round"), "bytes.jsonl")
-
-
-def _differ(sums: Accounts, said: Accounts, where: str) -> Iterator[str]:
-    for t, direction in sorted({*sums, *said}):
-        n, other = sums[t, direction], said[t, direction]
-        if n != other:
-            yield f"round {t}, {direction}: its rows add up to {n:,} bytes, {where} says {other:,}"
-
-
-def _checkpoint(here: _Written, place: Path) -> Iterator[str]:
-    if not checkpoint.intact(place):
-        if place.is_dir():  # else the run goes on, and has made two newer ones
-            yield "its files do not match their checksums"
-        return
-    state = json.loads((place / "state.json").read_bytes())
-    if state["round"] > len(here.rows):  # the run was stopped before run.json knew of it: `resume` begins here
-        return
-    for direction in DIRECTIONS:
-        n = state[f"bytes_{direction}"]
-        total = sum(getattr(row, f"bytes_{direction}") for row in here.rows[: state["round"]])
-        if n != total:
-            yield f"{direction}: {n:,} bytes, metrics.jsonl adds up to {total:,} in these {state['round']} rounds"
-
-
-def _model(here: _Written) -> Iterator[str]:
-    """The file has the whole state_dict; which of it counts as the model, a checkpoint knows."""
-    newest = checkpoint.latest(here.folder / "checkpoints")
-    if newest is None:
-        return
-    tensors = load_file(here.folder / "model.safetensors")
-    names = [name.partition("/") for name in load_file(newest / "model.safetensors")]
-    params, buffers = ({n: tensors[n] for kind, _, n in names if kind == part} for part in ("params", "buffers"))
-    sha256, said = State(params, buffers, (), ClientStore()).sha256(), here.info["final_sha256"]
-    if sha256 != said:
-        yield f"sha256 {sha256[:12]}, run.json says {said[:12]}"
-
-
-# ---- what is written, compared with what a socket carries
 
 
 class Trip(NamedTuple):
@@ -229,15 +58,6 @@ class Share(NamedTuple):
     layer: str
     frames: int
     rows: int
-
-
-class Model(NamedTuple):
-    """The model after a round that was made once more, and that of a checkpoint or of run.json."""
-
-    round: int
-    sha256: str
-    where: str
-    written: str
 
 
 class Resent(NamedTuple):
@@ -295,23 +115,17 @@ def resend(
             was made with.
     """
     folder = Path(folder)
-    run = Run.open(folder, fed=fed)
-    fed, warning = rebuilt(run)
+    run, fed, warning = opened(folder, fed)
     total = run.info["rounds"]
-    if not run.info["rounds_done"]:
-        raise StorageError("no round of this run is committed yet", code="E403", where=str(folder))
-    if [row.round for row in run.records] != list(range(run.info["rounds_done"])):
-        raise StorageError("metrics.jsonl has not one line for each round", code="E404", where=str(folder))
-    state, end, written = _span(folder, fed, run.info, afresh)
+    state, end, written = span(folder, fed, run.info, afresh)
     if warning is not None:
         say(f"{warning}: the model is not compared")
         written = {}
     begin = state.round if state else 0
-    if mkl.label() != run.info["torch"]:
-        say(f"this run was made with torch {run.info['torch']}: with {mkl.label()} the last bits may be others")
+    expect_same_torch(run, say)
     why = "" if begin or afresh else ": there is no older checkpoint that is whole"
     say(f"rounds {begin} to {end - 1} of {total} once more, from {f'round-{begin:06d}' if begin else 'the start'}{why}")
-    traffic = _Written(folder, run.info).traffic
+    traffic = Written(folder, run.info).traffic
     trips: list[Trip] = []
     shares: list[Share] = []
     models: list[Model] = []
@@ -330,25 +144,6 @@ def resend(
                 if state.round == end:
                     break
     return Resent(tuple(trips), tuple(shares), tuple(models))
-
-
-def _span(
-    folder: Path, fed: Federation, info: Mapping[str, Any], afresh: bool
-) -> tuple[State | None, int, dict[int, tuple[str, str]]]:
-    """Where to begin, how many rounds are done at the end, and what model is written where after how many rounds."""
-    done = info["rounds_done"]
-    written: dict[int, tuple[str, str]] = {}
-    if info["final_sha256"] is not None:
-        written[done] = ("run.json", info["final_sha256"])
-    start: State | None = None
-    for place in filter(checkpoint.intact, checkpoint.committed(folder / "checkpoints")):  # oldest first
-        state, _ = checkpoint.read(place, fed)
-        written[state.round] = (place.name, state.sha256())
-        if start is None and state.round < done:
-            start = state
-    if afresh:
-        return None, done, written
-    return (None, min(done, AFRESH), written) if start is None else (start, done, written)
 
 
 def _trip(line: Line, row: Row, direction: str, rows: Mapping[tuple[str, str, str], int]) -> Trip:
@@ -449,17 +244,6 @@ def _connecting() -> Iterator[None]:
 
 
 # ---- as tables
-
-
-def files_table(checks: Sequence[Check], width: int | None) -> list[str]:
-    return table(
-        [
-            Column("file", [check.file for check in checks], left=True),
-            Column("", ["fails" if check.problem else "holds" for check in checks], left=True),
-            Column("", [check.problem or check.said for check in checks], left=True),
-        ],
-        width,
-    )
 
 
 def wire_table(resent: Resent, width: int | None) -> list[str]:
