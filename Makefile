@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: demo test lint types unit test-slow test-network test-flower nightly fuzz bench clean
+.PHONY: demo test lint types unit test-slow test-network test-flower nightly fuzz soak bench docs docs-test clean
 
 demo: $(VENV)/.demo
 	$(BIN)/lamina demo $(DEMO)
@@ -33,6 +33,17 @@ test-flower: $(VENV)/.flower
 
 nightly: $(VENV)/.dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/wire/test_wire_round_trips.py -n 2
+	$(BIN)/python -m pytest -m slow tests/test_tutorials.py tests/test_new.py
+
+# The reliability table, row by row; what has a result for this commit is not run again. ROW=R1:fedlama runs one.
+soak: $(VENV)/.dev
+	$(BIN)/python benchmarks/reliability.py $(if $(ROW),--row $(ROW))
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py --site build/docs && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-test: $(VENV)/.docs
+	$(BIN)/python -m pytest tests/docs tests/explain -o addopts="-q --strict-markers" -m "not network"
 
 # Three targets of ten minutes, two at a time. Where atheris cannot be had, inputs are mutated by chance.
 fuzz: $(VENV)/.fuzz
@@ -55,6 +66,10 @@ $(VENV)/.dev: $(VENV)/.venv pyproject.toml constraints.txt
 
 $(VENV)/.flower: $(VENV)/.dev
 	$(PIP) -e '.[flower]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.fuzz: $(VENV)/.dev

@@ -334,7 +334,10 @@ def everything(state: State) -> dict[str, Any]:
         "round": state.round,
         "change": None if state.change is None else (state.change.base, bits(state.change.step)),
         "past": [(version.tags, bits(version.params)) for version in state.past],
-        "observed": (bits(state.observed.reference), state.observed.elapsed),
+        "observed": (bits(state.observed.reference), state.observed.elapsed, bits(state.observed.mask)),
+        "norms": {name: list(lengths) for name, lengths in state.norms.items()},
+        "resting": dict(state.resting),
+        "spent": state.spent,
     }
 
 

@@ -254,7 +254,7 @@ def test_seeded_typos_in_keys_are_understood() -> None:
             place = draw.randrange(len(wrong))
             if wrong[place] != ".":
                 wrong[place] = draw.choice(string.ascii_lowercase)
-        right += config._closest("".join(wrong), keys) == key
+        right += config.closest("".join(wrong), keys) == key
     assert right >= 58
 
 

@@ -11,25 +11,29 @@ import lamina
 
 NAMES = [
     "FedDST", "MagnitudePruning", "RandomMask", "SSFL",
-    "Advice", "Chain", "ClientData", "ClientRecord", "ConfigError", "DGC", "DataError", "EF21", "ErrorFeedback",
+    "Advice", "Chain", "ClientData", "ClientRecord", "ConfigError", "DGC", "DP", "DataError", "EF21", "ErrorFeedback",
     "FLARE", "FedAdagrad", "FedAdam", "FedAvg", "FedAvgM", "FedDyn", "FedLAMA", "FedLUAR", "FedNova", "FedProx",
     "FedYogi", "Federation", "LIPS", "LaminaError", "Layer", "LayerRecord", "LocalOnly", "LocalSGD", "METHODS",
     "Message", "Method", "Params", "Personal", "Plan", "RoundRecord", "Run", "RunError", "STC", "Scaffold", "State",
-    "StorageError", "Task", "Traffic", "WireError", "Work", "data", "guidelines", "models", "observe", "run",
+    "SecureSum", "StorageError", "Task", "Traffic", "WireError", "Work", "data", "guidelines", "models", "observe",
+    "run",
     "wire",
 ]  # fmt: skip
 
 ARGUMENTS: dict[Any, str] = {
     lamina.Federation: "model data method uplink downlink local cohort weights buffers loss metrics aggregate seed "
-    "engine workers diagnostics accuracy_before through_bytes store faults",
+    "engine workers diagnostics accuracy_before through_bytes store faults "
+    "availability network privacy secure",
+    lamina.DP: "clip noise delta noise_seed",
+    lamina.SecureSum: "bits threshold limit",
     lamina.Federation.run: "self rounds state evaluate_every",
     lamina.Federation.fit: "self rounds out options",
     lamina.Federation.evaluate: "self state engine",
     lamina.Federation.module: "self state",
     lamina.run: "fed state rounds evaluate_every",
     lamina.LocalSGD: "lr momentum weight_decay batch_size epochs steps schedule clip precision",
-    lamina.ClientData.from_clients: "clients test client_tests transform name",
-    lamina.ClientData.from_dataset: "train test clients partition seed transform name columns",
+    lamina.ClientData.from_clients: "clients test client_tests transform name test_share seed",
+    lamina.ClientData.from_dataset: "train test clients partition seed transform name columns test_share",
     lamina.FedAvg: "",
     lamina.FedProx: "mu",
     lamina.Scaffold: "approximate",
@@ -78,6 +82,8 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
         "epochs": 1,
         "precision": "fp32",
     },
+    lamina.DP: {"delta": 1e-5, "noise_seed": "run"},
+    lamina.SecureSum: {"bits": 32, "threshold": 0.6, "limit": 16.0},
     lamina.FedProx: {"mu": 0.01},
     lamina.FedAvgM: {"lr": 1.0, "momentum": 0.9},
     lamina.FedAdagrad: {"lr": 1e-2, "eps": 1e-3},
@@ -107,10 +113,12 @@ DEFAULTS: dict[Any, dict[str, Any]] = {
 RECORD = [
     "round", "cohort", "in_sync", "bytes_up", "bytes_down", "seconds", "layers", "traffic", "clients", "train_loss",
     "lr", "accuracy", "loss", "personal_accuracy", "accuracy_before", "metrics", "events", "fedavg_up", "fedavg_down",
+    "network_seconds", "epsilon",
 ]  # fmt: skip
 LAYER = [
     "uploaded", "interval", "bytes_up", "bytes_down", "update_norm", "divergence", "divergence_std", "alignment",
     "discrepancy", "inertia", "inertia_l2", "inertia_cosine", "density",
+    "residual_norm", "mask_churn", "clipped",
 ]  # fmt: skip
 
 

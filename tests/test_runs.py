@@ -30,12 +30,13 @@ from lamina import (
     engine,
     folder,
     runs,
-    terminal,
 )
+from lamina.compare import compare
 from lamina.config import build, load
 from lamina.errors import ConfigError, RunError
-from lamina.machine import redacted, sync_seconds
-from lamina.runs import Interrupted, Run, Watcher, compare, fit, new_folder, resume
+from lamina.machine import sync_seconds
+from lamina.redaction import redacted
+from lamina.runs import Interrupted, Run, Watcher, fit, new_folder, resume
 from lamina.store import disk
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
@@ -240,7 +241,8 @@ class Mine(lamina.Method):
 def test_a_config_says_how_a_run_is_kept(tmp_path: Path) -> None:
     keys = ("evaluate_every=2", "run.checkpoint_every=3", "run.keep_clients_log=true")
     run = make(tmp_path / "run", *keys, rounds=5)
-    assert run.info["options"] == {"evaluate_every": 2, "checkpoint_every": 3, "keep_clients_log": True}
+    kept = {"evaluate_every": 2, "checkpoint_every": 3, "keep_clients_log": True, "track": [], "stop": {}}
+    assert run.info["options"] == kept
     assert [row.round for row in run.records if row.accuracy is not None] == [1, 3, 4]
     assert make(tmp_path / "2", *keys, rounds=1, evaluate_every=1).info["options"]["evaluate_every"] == 1
 
@@ -485,6 +487,107 @@ def test_a_schedule_over_the_run_allows_no_other_rounds(tmp_path: Path) -> None:
     assert longer.info["config_sha256"] == load(longer.path, env={}).sha256
 
 
+def pressed(interrupts: runs.Interrupts, presses: int) -> None:
+    """So many presses, of which Python makes one call: the system writes a byte for each, whatever code runs."""
+    os.write(interrupts._pipe[1], bytes([signal.SIGINT]) * (presses - 1))
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to oneself")
+def test_two_presses_during_one_long_step_are_two() -> None:
+    with runs.Interrupts() as interrupts:
+        pressed(interrupts, 1)
+        assert interrupts.asked
+        with pytest.raises(KeyboardInterrupt):
+            pressed(interrupts, 1)
+    with runs.Interrupts() as interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            pressed(interrupts, 2)
+        assert interrupts.asked
+
+
+# ---- what may change in a run that has begun
+
+
+def test_what_cannot_change_the_result_may_change(whole: Run, tmp_path: Path) -> None:
+    stopped(tmp_path / "run", *LONG, rounds=9)
+    keys = ("run.checkpoint_every=2", "stop.bytes=1GB", "faults.reply_deadline_s=60", "workers=3", "engine=processes")
+    run = resume(tmp_path / "run", keys=keys, progress=False)
+    same(run, whole)
+    assert run.info["options"]["checkpoint_every"] == 2
+    assert run.info["options"]["stop"] == {"bytes": "1GB"}
+    assert (run.info["engine"], run.info["workers"]) == ("processes", 3)
+    config = load(run.path, env={})
+    assert (config.run.checkpoint_every, config.stop.bytes, config.faults.reply_deadline_s) == (2, "1GB", 60)
+    assert (config.engine, config.workers) == ("processes", 3)
+    text = (run.path / "config.toml").read_text().splitlines()
+    assert sum("# lamina resume" in line for line in text) == 5
+    again = resume(run.path, keys=("rounds=9",), progress=False)
+    assert again.info["status"] == "done"
+    assert (run.path / "config.toml").read_text().splitlines() == text
+
+
+@pytest.mark.parametrize("key", ["cohort=2", "seed=1", "method.phi=2", "local.lr=0.2", "aggregate=median", "nothing=1"])
+def test_what_can_change_the_result_may_not_and_the_key_is_named(key: str, tmp_path: Path) -> None:
+    path = stopped(tmp_path / "run", *LONG)
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(StorageError) as caught:
+        resume(path, keys=("rounds=4", key), progress=False)
+    assert caught.value.code == "E405"
+    assert caught.value.message == f"{key.partition('=')[0]} cannot change in a run that has begun"
+    assert caught.value.where == "command line, argument 3"
+    assert "run.*, stop.*" in (caught.value.remedy or "")
+    assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_key_with_an_impossible_value_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = stopped(tmp_path / "run")
+    for key in ("rounds=many", "run.checkpoint_every=0", "stop.accuracy=2", "run.nothing=1"):
+        with pytest.raises(ConfigError):
+            resume(path, keys=(key,), progress=False)
+    assert Run.open(path).info["status"] == "interrupted"
+
+
+def test_an_engine_of_other_bits_and_a_log_that_would_lack_rounds_are_refused(tmp_path: Path) -> None:
+    path = stopped(tmp_path / "run")
+    refused(path, "engine='threads': this run was begun with 'loop'", keys=("engine=threads",))
+    refused(path, "run.keep_clients_log cannot change", keys=("run.keep_clients_log=true",))
+    assert resume(path, keys=("run.keep_clients_log=false",), progress=False).info["status"] == "done"
+
+
+def test_a_run_of_before_a_key_was_there_goes_on(tmp_path: Path) -> None:
+    """As if lamina had no `diagnostics` yet when it began, in env.json and in config.toml."""
+    path = stopped(tmp_path / "run")
+    environment = json.loads((path / "env.json").read_text())
+    del environment["config"]["diagnostics"]
+    (path / "env.json").write_text(json.dumps(environment))
+    text = (path / "config.toml").read_text().splitlines(keepends=True)
+    (path / "config.toml").write_text("".join(line for line in text if not line.startswith("diagnostics")))
+    assert resume(path, progress=False).info["status"] == "done"
+
+
+def test_a_run_that_was_killed_when_it_had_just_reached_its_limit_does_not_go_on_behind_it(tmp_path: Path) -> None:
+    """Between the last commit and the end; one that had ended by it goes on, as whoever asks wants more."""
+    run = make(tmp_path / "run", "stop.accuracy=0.01", "run.checkpoint_every=1", rounds=4)
+    assert run.info["rounds_done"] == 1
+    info = {key: value for key, value in run.info.items() if key != "stopped"}
+    (run.path / "run.json").write_text(json.dumps(info | {"status": "running", "final_sha256": None}))
+    again = resume(run.path, progress=False)
+    assert (again.info["status"], again.info["rounds_done"]) == ("done", 1)
+    assert again.info["final_sha256"] == run.info["final_sha256"]
+    assert "accuracy" in again.info["stopped"]
+    assert resume(run.path, progress=False).info["rounds_done"] == 4
+
+
+def test_the_best_round_of_those_that_were_committed_is_kept_over_a_stop(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        make(tmp_path / "run", *LONG, "run.checkpoint_every=1", rounds=9, progress=Stop(5, "once"))
+    run = resume(tmp_path / "run", progress=False)
+    assert run.best is not None
+    kept = {int(path.name[6:]) for path in checkpoint.committed(run.path / "checkpoints")}
+    assert kept == {8, 9, run.best.round + 1}
+
+
 DAMAGE: dict[str, list[str | None]] = {
     "run.json": ["[]", '{"version": 1}', "{", "7"],
     "metrics.jsonl": [None, "garbage\n", "[1]\n"],
@@ -684,54 +787,9 @@ def test_secrets_on_the_command_line_are_not_written_down() -> None:
     ]
 
 
-# ---- comparing
-
-
-def test_comparing_needs_the_same_split(tmp_path: Path) -> None:
-    first, second = make(tmp_path / "1", rounds=8), make(tmp_path / "2", "method=fedlama", "method.phi=4", rounds=8)
-    rows = compare([first, second])
-    assert rows[1]["bytes_up"] < rows[0]["bytes_up"]
-    assert rows[1]["vs_first"] == pytest.approx(rows[0]["bytes_total"] / rows[1]["bytes_total"])
-    assert rows[0]["split_sha256"] == rows[1]["split_sha256"]
-    other = make(tmp_path / "3", "data.seed=1", rounds=1)
-    with pytest.raises(ConfigError, match="another split"):
-        compare([first, other])
-    assert len(compare([first, other], force=True)) == 2
-
-
-def test_a_centralised_run_stands_beside_federated_ones_on_the_same_examples(tmp_path: Path) -> None:
-    federated, central = make(tmp_path / "1", rounds=1), make(tmp_path / "2", "method=centralised", rounds=1)
-    rows = compare([federated, central])
-    assert [row["partition"] for row in rows] == ["dirichlet:0.5", "pooled"]
-    assert len(compare([central, federated])) == 2
-    other = make(tmp_path / "3", "data.seed=1", rounds=1)
-    with pytest.raises(ConfigError, match="another split"):
-        compare([central, federated, other])
-    central.info["pool_sha256"] = "0"
-    with pytest.raises(ConfigError, match="2 has other examples than 1"):
-        compare([federated, central])
-    assert len(compare([federated, central], force=True)) == 2
-
-
 def test_titles() -> None:
     from lamina import Chain, FedAdam, wire
 
     assert runs.method_title(Chain(FedLAMA(phi=2), FedAdam())) == "fedlama+fedadam"
     assert runs.codec_title(wire.TopK(0.01, values="sign")) == "topk:0.01:sign"
     assert runs.codec_title(wire.Dense("int8")) == "int8"
-
-
-def test_the_same_split_of_other_examples_is_another(tmp_path: Path) -> None:
-    first, second = make(tmp_path / "1", rounds=1), make(tmp_path / "2", rounds=2)
-    assert "same split yes" in terminal.compared(compare([first, second]))[1]
-    second.info["pool_sha256"] = "0"
-    with pytest.raises(ConfigError, match="2 has other examples than 1"):
-        compare([first, second])
-    second.info["engine"] = "processes"
-    columns, said = terminal.compared(compare([first, second], force=True))
-    assert "same split NO" in said
-    assert "same engine yes" in said
-    assert "same rounds NO (1, 2)" in said
-    assert next(c.cells for c in columns if c.title == "rounds") == ["1", "2"]
-    second.info["engine"] = "threads"
-    assert "same engine NO" in terminal.compared(compare([first, second], force=True))[1]

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lamina.methods.scaffold import Scaffold
     from lamina.methods.ssfl import SSFL
     from lamina.methods.stc import STC
+    from lamina.privacy import DP, SecureSum
     from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
     from lamina.runs import Run
     from lamina.training import LocalSGD
@@ -74,6 +75,7 @@ _HOMES = {
         "RandomMask",
         "Scaffold",
     ),
+    "privacy": ("DP", "SecureSum"),
     "record": ("ClientRecord", "LayerRecord", "RoundRecord", "Traffic"),
     "runs": ("Run",),
     "tree": ("Message", "Params"),
@@ -82,6 +84,7 @@ _MODULES = ("data", "models", "observe", "wire")
 
 __all__ = [
     "DGC",
+    "DP",
     "EF21",
     "FLARE",
     "LIPS",
@@ -123,6 +126,7 @@ __all__ = [
     "Run",
     "RunError",
     "Scaffold",
+    "SecureSum",
     "State",
     "StorageError",
     "Task",

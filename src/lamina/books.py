@@ -24,6 +24,7 @@ class Observed(NamedTuple):
 
     reference: Params
     elapsed: dict[str, float]  # mean local steps since each parameter was last aggregated
+    mask: Params = {}  # noqa: RUF012 of the round before, where the method moves it
 
 
 class Books:
@@ -35,9 +36,13 @@ class Books:
         self.clients: list[ClientRecord] = []
         self.exchanges: dict[str, list[Exchange]] = defaultdict(list)  # by phase
         self.events: list[dict[str, str]] = []
+        self.lost: list[dict[str, str]] = []  # those of messages that were needed and could not be used
         self.accepted = 0
+        self.skipped = ""  # why, where the round changes nothing
+        self._beside: Counter[int] = Counter()  # bytes that came beside a client's answer, until there is its record
         self.before: list[float | None] = []  # accuracy of the accepted clients' own models
         self.share = 0.0  # of the accepted messages, by weight
+        self.residual: dict[str, float] = defaultdict(float)  # weighted mean |r|^2, by layer
         self.kept: dict[str, float] = defaultdict(float)  # weighted mean number of entries that travelled, by layer
 
     def sent(self, phase: str, direction: str, sizes: Mapping[str, wire.Size]) -> int:
@@ -53,23 +58,46 @@ class Books:
             total += size.total
         return total
 
+    def beside(self, phase: str, name: str, reply: Reply) -> None:
+        """What came and is no answer that is owed: a second one, one to another round, one of somebody not asked."""
+        came = int(total(size.total for size in reply.sizes.values()))
+        self.up[phase, "_unused"] += came
+        known = next((i for i, record in enumerate(self.clients) if record.client == reply.client), None)
+        if known is None:
+            self._beside[reply.client] += came
+        else:
+            self.clients[known] = self.clients[known]._replace(bytes_up=self.clients[known].bytes_up + came)
+        self.events.append(_event(name, reply))
+
+    def skip(self, why: str) -> None:
+        """The round changes nothing: what was accepted is not used either."""
+        message, remedy = _EVENTS["E306"]
+        self.skipped = why
+        self.clients = [c._replace(refused=c.refused or "E306") for c in self.clients]
+        event = {"event": "skipped", "code": "E306", "client": "", "why": why, "message": message, "remedy": remedy}
+        self.events.append(event)
+
     def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, phase: str) -> None:
         refused = None if reply.refused is None else reply.code
+        up += self._beside.pop(c, 0)
         self.exchanges[phase].append(Exchange(c, up, down, reply.steps))
         if phase == "round":
             self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
             self.accepted += refused is None
         if reply.again is not None:
-            self.events.append(_event("E313", name, reply.again))
+            self.events.append(_event(name, reply._replace(refused=reply.again, code="E313", layer="")))
         if reply.refused is not None:
-            self.events.append(_event(reply.code, name, reply.refused))
+            self.events.append(_event(name, reply))
+            self.lost += self.events[-1:] if reply.code != "E302" else []
 
     def accuracy_before(self) -> float | None:
         known = [accuracy for accuracy in self.before if accuracy is not None]
         return total(known) / len(known) if known else None
 
-    def count(self, entries: Mapping[str, int], share: float) -> None:
+    def count(self, entries: Mapping[str, int], residual: Mapping[str, float], share: float) -> None:
         self.share += share
+        for name, square in residual.items():
+            self.residual[name] += share * square
         for name, n in entries.items():
             self.kept[name] += share * n
 
@@ -79,7 +107,7 @@ class Books:
                 yield Traffic(phase, direction, layer, n)
 
     def layers(
-        self, old: Observed, plan: Plan, mean: Message, params: Params, intervals: Mapping[str, float]
+        self, old: Observed, plan: Plan, mean: Message, params: Params, intervals: Mapping[str, float], moves: bool
     ) -> tuple[Observed, dict[str, LayerRecord]]:
         """A row per parameter.
 
@@ -87,6 +115,7 @@ class Books:
             mean: of the accepted messages, before the method's `step`.
             params: the global model after the round.
             intervals: rounds between two aggregations, of the layers that have one other than 1.
+            moves: whether the plan's mask changes over the rounds.
         """
         steps = float(mean["steps"]["steps"])
         elapsed = {name: old.elapsed.get(name, 0.0) + steps for name in params}
@@ -99,13 +128,17 @@ class Books:
             numbers: dict[str, float | None] = {}
             if u is not None:
                 norm2 = squared_norm(u)
-                density = self.kept[name] / self.share / max(1, params[name].numel())
+                density = self.kept[name] / self.share / max(1, params[name].numel()) if self.share else 0.0
                 numbers = {"update_norm": norm2**0.5, "density": density}
                 if "moments" in mean:
                     second = float(mean["moments"][name])
                     numbers |= _spread(second, norm2, self.accepted, numel, elapsed[name])
             if reference:
                 numbers |= _inertia(params[name], reference[name])
+            if name in self.residual:
+                numbers["residual_norm"] = (self.residual[name] / self.share) ** 0.5
+            if kept is not None and name in old.mask:
+                numbers["mask_churn"] = int((kept & ~old.mask[name]).sum()) / max(1, numel)
             rows[name] = LayerRecord(
                 uploaded=name in plan.upload,
                 interval=int(intervals.get(name, 1)),
@@ -114,34 +147,62 @@ class Books:
                 **numbers,
             )
         elapsed |= dict.fromkeys(mean["update"], 0.0)
-        return Observed(reference, elapsed), rows
+        return Observed(reference, elapsed, dict(plan.mask or {}) if moves else {}), rows
 
 
+_NOT_USED = "the message is not used, its client keeps the state from before"
+_SAME = "run the same lamina with the same settings at its node"
 _EVENTS = {  # code -> message, remedy
-    "E310": (
-        "not finite: the message is not used, its client keeps the state from before",
-        "lower local.lr or set local.clip; look at this client's data",
+    "E302": (
+        f"not needed, enough others had answered: {_NOT_USED}",
+        "nothing; faults.over_select asks more clients than are used",
     ),
+    "E307": (
+        f"too few clients are left for the secure sum: {_NOT_USED}",
+        "see why the others are not there; a lower secure.threshold puts up with more of them",
+    ),
+    "E319": (
+        f"too large for the secure sum: {_NOT_USED}",
+        "a higher secure.limit, or lower local.lr or set local.clip; look at this client's data",
+    ),
+    "E310": (f"not finite: {_NOT_USED}", "lower local.lr or set local.clip; look at this client's data"),
     "E311": (
         "no answer: the client keeps the state from before, and will be sent the whole model",
         "look at its node; set faults.reply_deadline_s and faults.min_replies for clients that come and go",
     ),
-    "E312": (
-        "its bytes are not what this round's plan implies: the message is not used, its client keeps the state from "
-        "before",
-        "run the same lamina with the same settings at its node; bytes may also have changed on the way",
-    ),
+    "E312": (f"beyond all bounds: {_NOT_USED}", "lower local.lr or set local.clip; look at this client's data"),
     "E313": (
         "it does not have what it was sent before: it was sent the whole plan",
         "keep its node's folder on a disk that lasts; a client that has lost its state begins as a newcomer",
     ),
+    "E314": (
+        f"it claims what its registration does not bear out: {_NOT_USED}",
+        "register the node again if its data has changed: weights follow from what is registered",
+    ),
+    "E306": (
+        "the round is skipped: the model and its clients stay as they were",
+        "see why the others were not used; faults.min_replies says how many must be",
+    ),
+    "E320": (f"another shape: {_NOT_USED}", _SAME),
+    "E321": (f"another type: {_NOT_USED}", _SAME),
+    "E322": (f"other layers: {_NOT_USED}", _SAME),
+    "E323": (f"its node has other settings: {_NOT_USED}", _SAME),
+    "E330": ("an answer in another client's place: it is not used", "look at its node, and at what is between"),
+    "E331": ("a second answer: the first one counts", "look at what is between its node and the server"),
+    "E332": ("an answer to another round: it is not used", "a longer faults.reply_deadline_s, if it is often late"),
 }
+_BYTES = (
+    f"its bytes are not what this round's plan implies: {_NOT_USED}",
+    f"{_SAME}; bytes may also have changed on the way",
+)
 
 
-def _event(code: str, client: str, why: str) -> dict[str, str]:
-    message, remedy = _EVENTS[code]
-    about = {"layer": why} if code == "E310" else {"why": why}
-    return {"code": code, "client": client, **about, "message": message, "remedy": remedy}
+def _event(client: str, reply: Reply) -> dict[str, str]:
+    message, remedy = _EVENTS.get(reply.code, _BYTES)
+    why = str(reply.refused)
+    about = {"layer": reply.layer} if reply.layer else {}
+    about |= {"layer": why} if reply.code == "E310" and not about else {} if reply.code == "E310" else {"why": why}
+    return {"code": reply.code, "client": client, **about, "message": message, "remedy": remedy}
 
 
 def _spread(second: float, norm2: float, m: int, numel: int, steps: float) -> dict[str, float | None]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from lamina.errors import ConfigError, expect, is_number, is_whole, meant
-from lamina.random import generator
+from lamina.random import generator, stream
 
 _PATIENCE = 10_000  # rounds
 
@@ -24,19 +26,48 @@ class Faults:
 
     Args:
         reply_deadline_s: seconds after which clients that are elsewhere are waited for no longer; None: none.
-        min_replies: messages that must be accepted, or the round fails, >= 1.
+        min_replies: messages that must be accepted: a number >= 1, or a share of the cohort, 0 < share <= 1.0.
+        on_quorum: what a round with fewer does: "fail", which ends the run, or "skip": the model stays as it was, and
+            so do its clients.
+        over_select: so many times the cohort is asked, >= 1, and the first of them in the schedule's order are used
+            until there is a cohort; of clients that are elsewhere, the first that answer.
+        rest_rounds: rounds in which a client that gave no answer is not drawn, >= 0.
+        norm: bounds on the length of each layer's update: "off", "fixed:2", "clip:8x", "median", "adaptive:0.5" or
+            "reject:20x", see `lamina.norms`. It changes the result.
     """
 
     reply_deadline_s: float | None = None
-    min_replies: int = 1
+    min_replies: int | float = 1
+    on_quorum: str = "fail"
+    over_select: float = 1.0
+    rest_rounds: int = 0
+    norm: str = "off"
 
     def __post_init__(self) -> None:
         fine = self.reply_deadline_s is None or (is_number(self.reply_deadline_s, 0) and self.reply_deadline_s > 0)
         where = "faults.reply_deadline_s"
         expect(fine, f"reply_deadline_s={self.reply_deadline_s}: expected a number of seconds > 0", where=where)
-        fine = is_whole(self.min_replies, 1)
-        where = "faults.min_replies"
-        expect(fine, f"min_replies={self.min_replies}: expected a whole number >= 1", code="E112", where=where)
+        least = self.min_replies
+        fine = is_whole(least, 1) or (isinstance(least, float) and 0 < least <= 1)
+        said = f"min_replies={least}: expected a whole number >= 1, or a share of the cohort, 0 < share <= 1.0"
+        expect(fine, said, code="E112", where="faults.min_replies")
+        said = f"on_quorum={self.on_quorum!r}: expected 'fail' or 'skip'"
+        expect(self.on_quorum in ("fail", "skip"), said, code="E103", where="faults.on_quorum")
+        said = f"over_select={self.over_select}: expected a number >= 1, e.g. 1.3"
+        fine = is_number(self.over_select, 1) and self.over_select < math.inf
+        expect(fine, said, code="E112", where="faults.over_select")
+        said = f"rest_rounds={self.rest_rounds}: expected a whole number >= 0"
+        expect(is_whole(self.rest_rounds, 0), said, code="E112", where="faults.rest_rounds")
+
+    def needed(self, cohort: int) -> int:
+        """Messages that a round of so many clients needs."""
+        if isinstance(self.min_replies, float):
+            return max(1, math.ceil(self.min_replies * cohort - 1e-9))
+        return self.min_replies
+
+    def asked(self, cohort: int, clients: int) -> int:
+        """Clients that are asked where a cohort is wanted."""
+        return min(clients, math.ceil(self.over_select * cohort - 1e-9))
 
     @classmethod
     def of(cls, table: Mapping[str, Any], cohort: int) -> Faults:
@@ -47,7 +78,7 @@ class Faults:
             expect(key in known, f"faults: {key!r} is unknown", code="E102", where=f"faults.{key}", remedy=remedy)
         made = cls(**table)
         expect(
-            made.min_replies <= cohort,
+            made.needed(cohort) <= cohort,
             f"min_replies={made.min_replies}: a round has {cohort} clients",
             code="E112",
             where="faults.min_replies",
@@ -160,3 +191,15 @@ def _spans(path: Path, names: Sequence[str]) -> dict[int, list[tuple[int, int]]]
         expect(fine, f"{row['from']!r} to {row['to']!r}: expected rounds, first and last", code="E103", where=at)
         spans.setdefault(positions[row["client"]], []).append((int(row["from"]), int(row["to"])))
     return spans
+
+
+def draw_each(key: bytes, t: int, clients: int, share: float) -> tuple[int, ...]:
+    """Every client by itself with this probability (to 2^-53), so any number of them, also none; ascending.
+
+    Args:
+        key: must stay secret where the draw has to.
+    """
+    if share >= 1:
+        return tuple(range(clients))
+    bits = np.frombuffer(stream(key, "cohort", t, 8 * clients), "<u8") >> 11
+    return tuple(np.flatnonzero(bits < round(share * 2**53)).tolist())

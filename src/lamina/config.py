@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fnmatch
 import hashlib
 import inspect
 import json
@@ -40,7 +41,13 @@ from lamina.errors import ConfigError, LaminaError, meant
 from lamina.federation import Federation
 from lamina.method import Chain, FedAvg, Method
 from lamina.methods import ABOUT, METHODS
+from lamina.metrics import Metric, chosen
 from lamina.models import MODELS
+from lamina.network import Network
+from lamina.norms import Policy
+from lamina.privacy import DP, SecureSum
+from lamina.redaction import is_reference
+from lamina.robust import RULES, Rule
 from lamina.settings import PARTS, SECTIONS, Key, Values, collect, merged
 from lamina.store import expect_kind
 from lamina.training import LocalSGD
@@ -51,6 +58,7 @@ LOSSES: dict[str, Callable[..., Any]] = {
     "mse": nn.functional.mse_loss,
 }
 _NONE = "none"
+DEFAULTS = {"method": "fedavg", "uplink": "fp32", "downlink": "fp32", "aggregate": "mean"}  # parts that may go unsaid
 
 Whole = Annotated[int, Field(ge=1)]
 
@@ -71,29 +79,112 @@ class Part(BaseModel):
         return self.name or (self.entry or "").rpartition(":")[2]
 
 
+_TABLE = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)  # texts below keys: `lamina explain`
+
+
 class RunOptions(BaseModel):
     """How a run is kept; nothing here changes its result."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    checkpoint_every: Literal["auto"] | Whole = "auto"  # rounds; "auto": as often as costs 5 % of the time
-    keep_clients_log: bool = False  # clients.jsonl: a row per round and client, with its bytes up and down in all
-    log_every: Whole | None = None  # rounds between two printed lines
+    model_config = _TABLE
+    checkpoint_every: Literal["auto"] | Whole = "auto"
+    """Rounds between two checkpoints; "auto": as often as costs 2 % of the time."""
+    keep_clients_log: bool = False
+    """Write clients.jsonl: a row per round and client, with its bytes up and down in all."""
+    log_every: Whole | None = None
+    """Rounds between two printed lines."""
+    track: list[Literal["tensorboard", "mlflow", "wandb"]] = []
+    """Trackers that are given every committed round, below export/ in the run folder; nothing goes online."""
 
 
 class FaultOptions(BaseModel):
-    """What a round puts up with, see `lamina.cohort.Faults`; nothing here changes the result of one that is made."""
+    """What a round puts up with, see `lamina.cohort.Faults`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     reply_deadline_s: Annotated[float, Field(gt=0)] | None = None
-    min_replies: Whole = 1
+    min_replies: Whole | Annotated[float, Field(gt=0, le=1)] = 1
+    on_quorum: Literal["fail", "skip"] = "fail"
+    over_select: Annotated[float, Field(ge=1)] = 1.0
+    rest_rounds: Annotated[int, Field(ge=0)] = 0
+    norm: str = "off"
+
+
+class StopOptions(BaseModel):
+    """What ends a run before its last round, see `lamina.stop.Stop`."""
+
+    model_config = _TABLE
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Of a tested round in which no layer waits, at least."""
+    bytes: float | str | None = None
+    """Up and down, of all clients since the start, at least: a number, or "1.5GB"."""
+    minutes: Annotated[float, Field(gt=0)] | None = None
+    """Since the start; the only condition that does not give the same bits on another day."""
+    network_minutes: Annotated[float, Field(gt=0)] | None = None
+    """The same on the virtual network's clock."""
+
+
+class NetworkOptions(BaseModel):
+    """Links on which every round's time is reckoned from its bytes, see `lamina.network.Network`; none: no network."""
+
+    model_config = _TABLE
+    up: float | str | None = None
+    """Bits per second from a client: "5Mbit", or a range "1Mbit..20Mbit" from which every client draws its own."""
+    down: float | str | None = None
+    """Bits per second to a client."""
+    latency: float | str | None = None
+    """One way: "40ms"."""
+    step: float | str | None = None
+    """Time of one local step on a client."""
+    clients: str | None = None
+    """A CSV file of clients' own links: client, and any of up, down, latency, step."""
+
+
+class PrivacyOptions(BaseModel):
+    """Client-level differential privacy, see `lamina.privacy.dp.DP`; none: none."""
+
+    model_config = _TABLE
+    clip: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of a client's update, over all its tensors together."""
+    noise: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of what is added to the sum of the updates, in clips."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """At which epsilon is reported: well below 1 / clients; none: 1e-5."""
+    noise_seed: Literal["run", "system"] | None = None
+    """From where cohorts and noise come: the run's seed (none), which must then stay secret, or the system; then nobody
+    can make the run again."""
+
+
+class SecureOptions(BaseModel):
+    """The server learns the sum of the clients' messages only, see `lamina.privacy.secure.SecureSum`; none: it sees
+    each."""
+
+    model_config = _TABLE
+    bits: Annotated[int, Field(ge=8, le=62)] | None = None
+    """Of an entry of an update on the wire; none: 32."""
+    threshold: Annotated[float, Field(gt=0.5, le=1)] | None = None
+    """Share of a round's clients that must be there to the end; none: 0.6."""
+    limit: Annotated[float, Field(gt=0, le=1024)] | None = None
+    """Largest absolute value of an entry of an update, a client that exceeds it is left out; none: 16."""
+
+
+class SignOptions(BaseModel):
+    """With what letters and answers on a real network are signed, see `lamina.remote.keys`; none: nothing is. In a
+    simulation nothing travels."""
+
+    model_config = _TABLE
+    key: str | None = None
+    """Where this end's key is: "env:LAMINA_KEY" or "file:/a/file/of/mode/0600"; never the key."""
+    roster: str | None = None
+    """A JSON file of public keys, where every end has a key of its own; none: all ends share one."""
 
 
 class Config(BaseModel):
     """A whole experiment, every key resolved. Made by `load`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = _TABLE
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "experiment"
+    """Of the experiment: its runs lie in a folder of this name. Default: the file's or the preset's."""
     rounds: Whole = 10
+    """Rounds of plan, local training and aggregation."""
     seed: int = 0
     cohort: Literal["all"] | Whole = "all"
     weights: Literal["examples", "uniform"] = "examples"
@@ -101,20 +192,31 @@ class Config(BaseModel):
     loss: str = "cross_entropy"
     engine: Literal["auto", "loop", "processes", "threads", "stacked", "cuda"] = "auto"
     workers: Whole | None = None
+    """Processes that train clients, none: one per core; on GPUs the clients that train at once, none: 8 a device."""
     evaluate_every: Whole = 1
+    """Rounds between two tests of the model; the last round is always tested."""
     diagnostics: bool = True
     accuracy_before: bool = False
     through_bytes: bool = False
     store: str = "memory"
+    availability: str = "always"
+    budget: float | str | None = None
+    """Bytes up per client and round, e.g. "100kB": a density or an interval is chosen that keeps within it."""
     model: Part
     data: Part
     method: tuple[Part, ...]
     uplink: Part
     downlink: Part
+    aggregate: Part
     local: Part
     metrics: dict[str, str] = {}
     run: RunOptions = RunOptions()
     faults: FaultOptions = FaultOptions()
+    stop: StopOptions = StopOptions()
+    network: NetworkOptions = NetworkOptions()
+    privacy: PrivacyOptions = PrivacyOptions()
+    secure: SecureOptions = SecureOptions()
+    sign: SignOptions = SignOptions()
     _origins: dict[Key, str] = PrivateAttr(default_factory=dict)
 
     def origin(self, path: str) -> str:
@@ -132,15 +234,15 @@ class Config(BaseModel):
     @property
     def sha256(self) -> str:
         """Of all keys that can change the result."""
-        tree = self.model_dump(mode="json", exclude={"run", "faults", "name", "engine", "workers", "store"})
+        tree = self.model_dump(mode="json", exclude={"run", "faults", "sign", "name", "engine", "workers", "store"})
+        tree["faults"] = {key: x for key, x in self.faults.model_dump().items() if not may_change(f"faults.{key}")}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
     def fixed(self) -> dict[str, Any]:
         """Key -> value of all that must stay as it was in a run that has begun; an entry without its folder."""
-        other = {"run", "faults", "name", "engine", "workers", "store", "rounds"}
-        tree = self.model_dump(mode="json", exclude=other)
-        return {key: short(value) if is_entry(value) else value for key, value in _leaves(tree)}
+        found = [pair for pair in _leaves(self.model_dump(mode="json", exclude={"name"})) if not may_change(pair[0])]
+        return {key: short(value) if is_entry(value) else value for key, value in found}
 
     @property
     def entry_sha256(self) -> dict[str, str | None]:
@@ -153,7 +255,21 @@ class Config(BaseModel):
         return "+".join(part.title for part in self.method)
 
 
-_TABLES: dict[str, type[BaseModel]] = {"run": RunOptions, "faults": FaultOptions}
+TABLES: dict[str, type[BaseModel]] = {
+    "run": RunOptions, "faults": FaultOptions, "stop": StopOptions, "network": NetworkOptions,
+    "privacy": PrivacyOptions, "secure": SecureOptions, "sign": SignOptions,
+}  # fmt: skip
+
+
+CHANGEABLE = (
+    "rounds", "run.*", "stop.*", "sign.*", "faults.reply_deadline_s", "faults.min_replies", "faults.on_quorum",
+    "faults.rest_rounds", "workers", "engine", "store",
+)  # fmt: skip
+
+
+def may_change(key: str) -> bool:
+    """Whether a run that has begun may go on with another value of this key."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -183,16 +299,17 @@ def load(target: str | Path, arguments: Sequence[str] = (), env: Mapping[str, st
     Raises:
         ConfigError: E102 to E106, with the origin of what is wrong.
     """
-    return _resolve(collect(target, arguments, env, Config.model_fields))
+    return resolve(collect(target, arguments, env, Config.model_fields))
 
 
-def load_tables(*layers: tuple[str, Mapping[str, Any]]) -> Config:
-    """The experiment that tables in the form of a TOML file say together: (origin, table), the lowest first.
+def load_tables(*layers: tuple[str, Mapping[str, Any]], arguments: Sequence[str] = ()) -> Config:
+    """The experiment that tables in the form of a TOML file say together: (origin, table), the lowest first; and
+    `key=value` above them.
 
     Raises:
         ConfigError: E102 to E106, with the origin of what is wrong.
     """
-    return _resolve(merged(layers))
+    return resolve(merged(layers, arguments))
 
 
 # ---- what a part takes
@@ -233,6 +350,8 @@ def catalogue(section: str) -> Mapping[str, Callable[..., Any]]:
             return {name: getattr(lamina.data, name) for name in lamina.data.DATASETS}
         case "method":
             return {**METHODS, CENTRALISED: _centralised}
+        case "aggregate":
+            return {"mean": _mean, **RULES}
         case _:
             return wire.CODECS
 
@@ -240,6 +359,11 @@ def catalogue(section: str) -> Mapping[str, Callable[..., Any]]:
 def _centralised() -> FedAvg:
     """trains on pooled examples, as a point of reference"""
     return FedAvg()
+
+
+def _mean() -> Literal["mean"]:
+    """The mean, weighted by `weights`."""
+    return "mean"
 
 
 def about(section: str, name: str) -> str:
@@ -262,19 +386,20 @@ def arguments_of(section: str, thing: Any) -> dict[str, _Takes]:
 # ---- resolution
 
 
-def _resolve(values: Values) -> Config:
+def resolve(values: Values) -> Config:
+    """The experiment that these keys say, each with its origin. Raises ConfigError: E102, E103, E106."""
     origins = {path: origin for path, (_, origin) in values.items()}
     given: dict[Key, Any] = {path: value for path, (value, _) in values.items()}
     _refuse_unknown(given, origins)
     tree: dict[str, Any] = {}
     for name in Config.model_fields:
-        if name in PARTS or name in ("local", "run", "faults", "metrics"):
+        if name in SECTIONS:
             continue
         if (name,) in given:
-            tree[name] = _checked(_annotation(Config, name), given[name,], name, origins[name,])
-    for section, options in _TABLES.items():
+            tree[name] = _checked(annotation_of(Config, name), given[name,], name, origins[name,])
+    for section, options in TABLES.items():
         tree[section] = {
-            key: _checked(_annotation(options, key), value, f"{section}.{key}", origins[section, key])
+            key: _checked(annotation_of(options, key), value, f"{section}.{key}", origins[section, key])
             for key, value in _below(given, (section,)).items()
         }
     tree["metrics"] = {
@@ -282,13 +407,16 @@ def _resolve(values: Values) -> Config:
         for key, value in _below(given, ("metrics",)).items()
     }
     tree["local"] = _arguments(LocalSGD, "local", "local", given, ("local",), origins)
-    given.setdefault(("uplink", "name"), "fp32")
-    given.setdefault(("downlink", "name"), "fp32")
-    for section in ("model", "data", "uplink", "downlink"):
+    for section in ("uplink", "downlink", "aggregate"):
+        if (section, "entry") not in given:
+            given.setdefault((section, "name"), DEFAULTS[section])
+    for section in ("model", "data", "uplink", "downlink", "aggregate"):
         tree[section] = _resolved_part(section, given, (section,), origins)
+        if section in ("uplink", "downlink"):
+            origins |= _said_short(section, tree[section], given, origins)
     chain = sorted({p[1] for p in given if p[0] == "method" and len(p) > 2}, key=int)
     if not chain and ("method", "entry") not in given:
-        given.setdefault(("method", "name"), "fedavg")
+        given.setdefault(("method", "name"), DEFAULTS["method"])
     paths: list[Key] = [("method", i) for i in chain] or [("method",)]
     tree["method"] = [_resolved_part("method", given, path, origins) for path in paths]
     config = Config(**tree)
@@ -298,8 +426,13 @@ def _resolve(values: Values) -> Config:
     method_of(config)  # impossible values show before any data is touched
     _codec(config, "uplink")
     _codec(config, "downlink")
+    rule_of(config)
+    norm_of(config)
     local_of(config)
     loss_of(config)
+    metrics_of(config)
+    privacy_of(config)
+    _expect_places(config)
     expect_kind(config.store, config.origin("store"))
     return config
 
@@ -308,7 +441,7 @@ def _below(given: Mapping[Key, Any], prefix: Key) -> dict[str, Any]:
     return {p[-1]: v for p, v in given.items() if p[:-1] == prefix}
 
 
-def _annotation(model: type[BaseModel], key: str) -> Any:
+def annotation_of(model: type[BaseModel], key: str) -> Any:
     field = model.model_fields[key]
     return Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
 
@@ -340,6 +473,19 @@ def _resolved_part(section: str, given: Mapping[Key, Any], path: Key, origins: M
     return {"name": name, **_arguments(known[name], section, name, given, path, origins)}
 
 
+def _said_short(
+    section: str, part: Mapping[str, Any], given: Mapping[Key, Any], origins: Mapping[Key, str]
+) -> dict[Key, str]:
+    """Origins of what a codec's name says of its arguments: ``"int8"`` is dense with values="int8"."""
+    text = given.get((section, "name"))
+    if text in (None, part.get("name")) or (section, "name") not in origins:
+        return {}
+    kind: Any = wire.CODECS[part["name"]]
+    defaults = takes(kind)
+    own = [key for key, value in part.items() if key in defaults and value != defaults[key].default]
+    return {(section, key): origins[section, "name"] for key in own if (section, key) not in origins}
+
+
 def _resolved_codec(
     section: str, text: str, given: Mapping[Key, Any], path: Key, origins: Mapping[Key, str], where: str
 ) -> dict[str, Any]:
@@ -364,6 +510,7 @@ def _arguments(
 ) -> dict[str, Any]:  # fmt: skip
     known = arguments_of(section, thing)
     own = {key: value for key, value in _below(given, path).items() if key not in ("name", "entry")}
+    where = origins.get((*path, "name"), origins.get(path))
     resolved: dict[str, Any] = {}
     for key, (annotation, default) in known.items():
         if key in own:
@@ -372,7 +519,7 @@ def _arguments(
             if _is_plain(default):
                 resolved[key] = list(default) if isinstance(default, tuple) else default
         else:
-            raise ConfigError(f"{section}.{key} is missing: {title} needs it", code="E103", where=origins.get(path))
+            raise ConfigError(f"{section}.{key} is missing: {title} needs it", code="E103", where=where)
     return resolved
 
 
@@ -390,11 +537,13 @@ def _checked(annotation: Any, value: Any, key: str, origin: str) -> Any:
         adapter = _adapter(annotation)
         return adapter.dump_python(adapter.validate_json(json.dumps(value), strict=True), mode="json")
     except (ValidationError, TypeError):
+        if key == "sign.key":  # it may be a secret
+            raise ConfigError(f"{key}: expected a text", code="E103", where=origin) from None
         meanings = _meanings(value)
         got = f"the text {value!r}" if isinstance(value, str) and meanings else repr(value)
         remedy = next((_written(key, meaning) for meaning in meanings if _fits(annotation, meaning)), None)
         raise ConfigError(
-            f"{key}: expected {_expected(annotation)}, got {got}", code="E103", where=origin, remedy=remedy
+            f"{key}: expected {in_words(annotation)}, got {got}", code="E103", where=origin, remedy=remedy
         ) from None
 
 
@@ -430,7 +579,7 @@ def _items(text: str) -> list[Any]:
 
 def _written(key: str, value: Any) -> str:
     """How to write it: a text needs quotes where it could be something else, and a shell takes one pair away."""
-    plain = _literal(value).replace(", ", "," if isinstance(value, list) else ", ")
+    plain = literal(value).replace(", ", "," if isinstance(value, list) else ", ")
     return f"write {key}='{plain}', in a file {key} = {plain}" if isinstance(value, str) else f"write {key}={plain}"
 
 
@@ -439,23 +588,23 @@ def _adapter(annotation: Any) -> TypeAdapter[Any]:
     return TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
 
 
-def _expected(annotation: Any) -> str:
+def in_words(annotation: Any) -> str:
     """A type in words."""
     kind, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if kind is Annotated:
         metadata = [m for entry in parts[1:] for m in getattr(entry, "metadata", [entry])]
         least = [f" >= {m.ge}" for m in metadata if getattr(m, "ge", None) is not None]
         pattern = [" of letters, digits, dots and dashes" for m in metadata if getattr(m, "pattern", None)]
-        return _expected(parts[0]) + "".join(least + pattern)
+        return in_words(parts[0]) + "".join(least + pattern)
     if kind in (typing.Union, types.UnionType):
-        words = [_expected(p) for p in parts if typing.get_origin(p) is not Callable and p is not Path]
+        words = [in_words(p) for p in parts if typing.get_origin(p) is not Callable and p is not Path]
         return " or ".join(dict.fromkeys(words))
     if kind is Literal:
         return " or ".join(repr(choice) for choice in parts) if len(parts) < 3 else f"one of {', '.join(parts)}"
     if kind is not None and issubclass(kind, Mapping):
         return "a table"
     if kind is not None and issubclass(kind, Sequence):
-        return f"a list ({', '.join(_expected(p) for p in parts if p is not Ellipsis)})"
+        return f"a list ({', '.join(in_words(p) for p in parts if p is not Ellipsis)})"
     simple: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     return {**simple, type(None): repr(_NONE), dict: "a table"}.get(annotation, str(annotation))
 
@@ -464,7 +613,7 @@ def _expected(annotation: Any) -> str:
 
 
 def _refuse_unknown(given: Mapping[Key, Any], origins: Mapping[Key, str]) -> None:
-    fixed = {"local": list(takes(LocalSGD)), **{name: list(table.model_fields) for name, table in _TABLES.items()}}
+    fixed = {"local": list(takes(LocalSGD)), **{name: list(table.model_fields) for name, table in TABLES.items()}}
     for path, value in given.items():
         section = path[0]
         if section == "preset":
@@ -491,7 +640,7 @@ def _known_arguments(section: str, given: Mapping[Key, Any], path: Key) -> tuple
     """Title and arguments of the part at this path; None where anything goes, or the name is wrong itself."""
     if (*path, "entry") in given:
         return None
-    default = {"method": "fedavg", "uplink": "fp32", "downlink": "fp32"}.get(section)
+    default = DEFAULTS.get(section)
     name = given.get((*path, "name"), default if len(path) == 1 else None)  # in a chain every method has a name
     if section in ("uplink", "downlink") and isinstance(name, str):
         base = name.split(":")[0]
@@ -507,16 +656,16 @@ def _owners(section: str, key: str) -> str:
 
 def _unknown(path: Key, origin: str, given: Mapping[Key, Any], more: str) -> ConfigError:
     key = ".".join(path)
-    close = None if "belongs to" in more else _closest(key, _all_keys(given))
+    close = None if "belongs to" in more else closest(key, _all_keys(given))
     remedy = more + (f"did you mean {close!r}?" if close else "")
     return ConfigError(f"unknown key  {key}", code="E102", where=origin, remedy=remedy.strip() or None)
 
 
 def _all_keys(given: Mapping[Key, Any]) -> list[str]:
     """Every key that could be said here."""
-    keys = [name for name in Config.model_fields if name not in ("local", *_TABLES)] + ["preset"]
+    keys = [name for name in Config.model_fields if name not in ("local", *TABLES)] + ["preset"]
     keys += [f"local.{name}" for name in takes(LocalSGD)]
-    keys += [f"{section}.{name}" for section, table in _TABLES.items() for name in table.model_fields]
+    keys += [f"{section}.{name}" for section, table in TABLES.items() for name in table.model_fields]
     chain = {path[:2] for path in given if path[0] == "method" and len(path) > 2}
     paths: list[Key] = [(section,) for section in PARTS if section != "method" or not chain]
     for path in (*paths, *sorted(chain)):
@@ -525,7 +674,7 @@ def _all_keys(given: Mapping[Key, Any]) -> list[str]:
     return keys
 
 
-def _closest(key: str, known: Iterable[str]) -> str | None:
+def closest(key: str, known: Iterable[str]) -> str | None:
     """By likeness, section by section; a key without its section counts as that of any."""
 
     def likeness(other: str) -> float:
@@ -542,7 +691,8 @@ def _closest(key: str, known: Iterable[str]) -> str | None:
 
 
 def _listing(section: str) -> str:
-    return {"model": "`lamina list models`", "data": "`lamina list data`", "method": "`lamina list methods`"}[section]
+    listed = {"model": "models", "data": "data", "method": "methods", "aggregate": "rules"}
+    return f"`lamina list {listed[section]}`"
 
 
 # ---- building
@@ -562,6 +712,13 @@ def build(
     Raises:
         LaminaError: what is impossible, with the origin of the key.
     """
+    if config.budget is not None:
+        raise ConfigError(
+            f"budget={config.budget}: nothing has been chosen yet that keeps within it",
+            code="E107",
+            where="budget",
+            remedy="`lamina run` chooses; in Python lamina.inspect.within(config).config",
+        )
     held = data_of(config, progress) if data is None else data
     try:
         return Federation(
@@ -575,9 +732,8 @@ def build(
             weights=config.weights,
             buffers=config.buffers,
             loss=loss_of(config),
-            metrics={
-                name: entry_thing(entry, config.origin(f"metrics.{name}")) for name, entry in config.metrics.items()
-            },
+            metrics=metrics_of(config),
+            aggregate=rule_of(config),
             seed=config.seed,
             engine=config.engine,
             workers=config.workers,
@@ -586,6 +742,10 @@ def build(
             through_bytes=config.through_bytes,
             store=config.store,
             faults=config.faults.model_dump(),
+            availability=config.availability,
+            network=network_of(config),
+            privacy=privacy_of(config),
+            secure=secure_of(config),
         )
     except ConfigError as error:
         section = (error.where or "").split(".")[0]
@@ -663,12 +823,70 @@ def method_of(config: Config) -> Method[Any, Any]:
         raise _located(error, "method", config.origin("method.0"), {}) from error
 
 
+def rule_of(config: Config) -> Literal["mean"] | Rule:
+    part, where = config.aggregate, config.origin("aggregate")
+    if part.entry is not None:
+        made = _made(part, config, ("aggregate",))
+    else:
+        keys = {key: config.origin(f"aggregate.{key}") for key in part.arguments}
+        made = _constructed(catalogue("aggregate")[str(part.name)], part.arguments, "aggregate", where, keys)
+    if made == "mean" or (isinstance(made, Rule) and not isinstance(made, type)):
+        return typing.cast("Literal['mean'] | Rule", made)
+    needed = "expected a rule with expect(clients) and combine(updates, weights)"
+    raise ConfigError(f"{part.title} gave {type(made).__name__}, {needed}", code="E106", where=where)
+
+
+def norm_of(config: Config) -> Policy:
+    try:
+        return Policy.of(config.faults.norm)
+    except ConfigError as error:
+        origin = config.origin("faults.norm")
+        raise ConfigError(f"faults.{error.message}", code=error.code, where=origin, remedy=error.remedy) from error
+
+
 def local_of(config: Config) -> LocalSGD:
     arguments = config.local.arguments
     keys = {key: config.origin(f"local.{key}") for key in arguments}
     made = _constructed(LocalSGD, arguments, "local", "default", keys)
     assert isinstance(made, LocalSGD)  # it is what was called
     return made
+
+
+def network_of(config: Config) -> Network | None:
+    """The virtual network, if any of its keys is set."""
+    said = config.network.model_dump(exclude_none=True)
+    return Network(**said) if said else None
+
+
+def privacy_of(config: Config) -> DP | None:
+    """Differential privacy, if any of its keys is set. Raises ConfigError E103 where one is missing."""
+    said = config.privacy.model_dump(exclude_none=True)
+    missing = [key for key in ("clip", "noise") if key not in said]
+    if said and missing:
+        where = config.origin(f"privacy.{next(iter(said))}")
+        example = f"for example privacy.{missing[0]}=1.0"
+        raise ConfigError(f"privacy.{missing[0]} is missing", code="E103", where=where, remedy=example)
+    return DP(**said) if said else None
+
+
+def secure_of(config: Config) -> SecureSum | None:
+    """Secure sums, if any of their keys is set."""
+    said = config.secure.model_dump(exclude_none=True)
+    return SecureSum(**said) if said else None
+
+
+def _expect_places(config: Config) -> None:
+    """Raises ConfigError E124 for a key of `sign` that says no place: it may be a secret, so it is not repeated."""
+    key, roster = config.sign.key, config.sign.roster
+    if key is not None and not is_reference(key):
+        raise ConfigError(
+            "sign.key: expected env:NAME or file:PATH; what was given is not repeated here",
+            code="E124",
+            where=config.origin("sign.key"),
+            remedy='sign.key = "env:LAMINA_KEY"',
+        )
+    if roster is not None and key is None:
+        raise ConfigError("sign.roster without sign.key", code="E124", where=config.origin("sign.roster"))
 
 
 def loss_of(config: Config) -> Callable[..., Any] | Literal["cross_entropy"]:
@@ -686,6 +904,21 @@ def loss_of(config: Config) -> Callable[..., Any] | Literal["cross_entropy"]:
             remedy=meant(config.loss, LOSSES) or None,
         )
     return LOSSES[config.loss]
+
+
+def metrics_of(config: Config) -> dict[str, Metric]:
+    """Name -> function."""
+    try:
+        return chosen(
+            {
+                name: entry_thing(said, config.origin(f"metrics.{name}")) if is_entry(said) else said
+                for name, said in config.metrics.items()
+            }
+        )
+    except ConfigError as error:
+        where = error.where or ""
+        origin = config.origin(where) if where.startswith("metrics.") else where
+        raise ConfigError(error.message, code=error.code, where=origin, remedy=error.remedy) from error
 
 
 def _codec(config: Config, section: Literal["uplink", "downlink"]) -> wire.Codec:
@@ -758,13 +991,13 @@ def to_toml(config: Config) -> str:
     lines: list[tuple[str, str]] = []
 
     def put(path: Key, value: Any) -> None:
-        lines.append((f"{path[-1]} = {_literal(value)}", config._origins.get(path, "default")))
+        lines.append((f"{path[-1]} = {literal(value)}", config._origins.get(path, "default")))
 
     tree = config.model_dump(mode="json")
     for key, value in tree.items():
         if not isinstance(value, dict) and key != "method":
             put((key,), value)
-    for section in (*PARTS, "local", "metrics", *_TABLES):
+    for section in (*PARTS, "local", "metrics", *TABLES):
         tables = tree[section] if section == "method" else [tree[section]]
         chained = section == "method" and config.method_paths != [("method",)]
         for i, table in enumerate(tables):
@@ -794,7 +1027,7 @@ def changed(config: Config) -> list[tuple[str, Any, str]]:
     return found
 
 
-def _literal(value: Any) -> str:
+def literal(value: Any) -> str:
     """A value as TOML."""
     match value:
         case None:
@@ -806,9 +1039,9 @@ def _literal(value: Any) -> str:
         case int() | float():
             return repr(value)
         case dict():
-            return "{ " + ", ".join(f"{_key(k)} = {_literal(v)}" for k, v in value.items()) + " }"
+            return "{ " + ", ".join(f"{_key(k)} = {literal(v)}" for k, v in value.items()) + " }"
         case _:
-            return "[" + ", ".join(_literal(v) for v in value) + "]"
+            return "[" + ", ".join(literal(v) for v in value) + "]"
 
 
 def _key(key: str) -> str:

@@ -24,7 +24,10 @@ _PREFIX = "lamina_entry_"  # of the names of modules
 def anchored(entry: str, base: Path) -> str:
     """With its file as an absolute path, relative to `base`."""
     file, _, name = entry.rpartition(":")
-    return f"{(base / Path(file).expanduser()).resolve()}:{name}"
+    try:
+        return f"{(base / Path(file).expanduser()).resolve()}:{name}"
+    except (OSError, RuntimeError, ValueError):  # no path, or of nobody: `thing` says so
+        return entry
 
 
 def short(entry: str) -> str:
@@ -36,7 +39,7 @@ def thing(entry: str, where: str) -> Any:
     """The object that ``"folder/mine.py:thing"`` names. Raises ConfigError E106."""
     file, _, name = entry.rpartition(":")
     path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py" or not _is_file(path):
         raise ConfigError(
             f"{entry}: no such file" if path.suffix == ".py" else f'entry {entry!r}: expected "mine.py:thing"',
             code="E106",
@@ -48,6 +51,13 @@ def thing(entry: str, where: str) -> Any:
         remedy = meant(name, [known for known in vars(module) if not known.startswith("_")])
         raise ConfigError(f"{path.name} has no {name!r}", code="E106", where=where, remedy=remedy or None)
     return getattr(module, name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or no name
+        return False
 
 
 def loaded() -> list[str]:

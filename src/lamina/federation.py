@@ -7,33 +7,43 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from lamina import engine as engines
 from lamina import wire
+from lamina.admission import Admission, enough, holds_plan
 from lamina.aggregate import Mean, total
 from lamina.books import Books, Observed
 from lamina.client import BUFFERS, Setup
-from lamina.cohort import Faults, draw
+from lamina.cohort import Faults, draw, draw_there
+from lamina.cohort import availability as availability_of
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, Change, Version, codes_values
 from lamina.engine import mkl
 from lamina.engine.base import Engine, Kind, Missing, score_of, threads
-from lamina.errors import ConfigError, RunError, expect, is_whole
+from lamina.errors import ConfigError, RunError, expect, is_whole, meant
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
 from lamina.method import Chain, FedAvg, Method, Plan, Task
-from lamina.preflight import ready
+from lamina.metrics import Metric, Number, chosen
+from lamina.network import Network
+from lamina.norms import Bounds, Known, Policy
+from lamina.preflight import ready, try_metrics
+from lamina.privacy.dp import DP, Guard, Spent, Terms, expect_covered
+from lamina.privacy.secure import Plain, SecureSum, expect_additive
+from lamina.privacy.summing import summed
 from lamina.random import address
 from lamina.record import RoundRecord
+from lamina.robust import Rule
 from lamina.store import ClientStore, Held, Row, Stored, empty_store, expect_kind
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.tree import Message, Params, add, cut
@@ -42,15 +52,14 @@ from lamina.wire import frame
 if TYPE_CHECKING:
     from lamina.runs import Run
 
-Metric: TypeAlias = Callable[[Any, Any], float]
-
 
 class Evaluation(NamedTuple):
-    """What a state is worth. None where it does not apply: no test set, targets that are no class labels."""
+    """What a state is worth. None where it does not apply: no test set, targets that are no class labels, a metric that
+    is undefined."""
 
     accuracy: float | None
     loss: float | None
-    metrics: dict[str, float]
+    metrics: dict[str, Number]
     personal_accuracy: float | None
 
 
@@ -75,6 +84,9 @@ class State:
     observed: Observed = field(default_factory=lambda: Observed({}, {}))
     change: Change | None = None  # the last step, where it is what travels down
     past: tuple[Version, ...] = ()  # parameters sent before, newest first, where their distance to new ones travels
+    norms: Known = field(default_factory=dict)  # lengths of the layers' updates, where `faults.norm` bounds them
+    resting: Mapping[int, int] = field(default_factory=dict)  # client that gave no answer -> round until which it rests
+    spent: Spent = ()  # what `privacy` has cost; None: some round was made without it
 
     def sha256(self) -> str:
         """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
@@ -83,6 +95,22 @@ class State:
             digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
             digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+class Collected(NamedTuple):
+    """What came of a plan."""
+
+    mean: Message  # of the accepted messages
+    store: ClientStore  # if they are used
+    apart: dict[str, tuple[Params, float]]  # under a rule: client -> its update and weight
+    told: dict[int, Held]  # client -> what it holds now, whether it was accepted or not
+
+    def forgotten(self, before: ClientStore) -> ClientStore:
+        """The store if nothing is used: clients have the states from before, and what they were sent."""
+        writer = before.writing()
+        for client, held in self.told.items():
+            writer.tell(client, held)
+        return writer.done()
 
 
 class Federation:
@@ -99,8 +127,11 @@ class Federation:
         buffers: non-parameter tensors such as BatchNorm statistics: "average" (weighted mean; integers take the
             maximum), "keep" (personal), "skip" (every client starts each round from the initial ones).
         loss: "cross_entropy", or a function (output, target) -> scalar mean loss.
-        metrics: name -> function (outputs, targets) over the whole test set.
-        aggregate: "mean".
+        metrics: names in `lamina.metrics.METRICS`, or name -> one of those or a function (outputs, targets) over the
+            whole test set: a number, label -> number, or None where it is undefined. With any, the test runs in one
+            process on all cores while the workers wait, and all outputs are in memory: examples x outputs x 4 B.
+        aggregate: "mean", weighted; or a rule of `lamina.robust` for the updates (everything else is averaged), which
+            a few wrong clients cannot move far. It keeps the updates of all clients of a round in memory.
         seed: every random number follows from it.
         engine: "auto", "loop", "processes", "threads", "stacked" or "cuda"; `workers`: processes, None for one per
             core; on GPUs clients at once, None for 8 a device.
@@ -110,6 +141,12 @@ class Federation:
         through_bytes: really encode and decode every plan, message and client state. Slower; changes nothing else.
         store: where the clients' states are between rounds: "memory", or "disk:PATH" (from the working directory).
         faults: `{"reply_deadline_s": 60, "min_replies": 8}`, see `lamina.cohort.Faults`.
+        availability: who is there in which round: "always", "random:0.8", "day:0.3:24" or "file:PATH", see
+            `lamina.cohort.availability`. A cohort that is kept together is drawn from those who are there at its start.
+        network: links on which every round's time is reckoned from its bytes; None: none.
+        privacy: client-level differential privacy; `cohort` is then the expected size of a Poisson draw, and there are
+            no diagnostics of the clients' updates. None: none.
+        secure: the server learns the sum of the clients' messages only; needs the extra `secure`. None: it sees each.
 
     Raises:
         ConfigError: a value out of range, parts that do not fit, or a model that fails on a batch of the data (E121).
@@ -129,8 +166,8 @@ class Federation:
         weights: Literal["examples", "uniform"] = "examples",
         buffers: Literal["average", "keep", "skip"] = "average",
         loss: Literal["cross_entropy"] | Loss = "cross_entropy",
-        metrics: Mapping[str, Metric] | None = None,
-        aggregate: Literal["mean"] = "mean",
+        metrics: Mapping[str, str | Metric] | Iterable[str] | None = None,
+        aggregate: Literal["mean"] | Rule = "mean",
         seed: int = 0,
         engine: str = "auto",
         workers: int | None = None,
@@ -139,27 +176,42 @@ class Federation:
         through_bytes: bool = False,
         store: str = "memory",
         faults: Mapping[str, Any] | None = None,
+        availability: str = "always",
+        network: Network | None = None,
+        privacy: DP | None = None,
+        secure: SecureSum | None = None,
     ):
         mkl.switch()
         _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
         _expect_a("method", method, Method, "lamina.FedAvg()")
         _expect_a("local", local, LocalSGD, "lamina.LocalSGD(lr=0.1)")
+        _expect_a("privacy", privacy, DP, "lamina.DP(clip=1.0, noise=1.0)")
+        _expect_a("secure", secure, SecureSum, "lamina.SecureSum(bits=32)")
         coder = uplink is None or (not isinstance(uplink, type) and hasattr(uplink, "transmit"))
         expect(coder, f"uplink={uplink!r}: expected a codec, e.g. lamina.wire.Dense('int8')", where="uplink")
         clients = len(data)
         self.cohort = clients if cohort == "all" else _cohort(cohort, clients)
         expect(weights in ("examples", "uniform"), f"weights={weights!r}: expected 'examples' or 'uniform'")
         expect(buffers in BUFFERS, f"buffers={buffers!r}: expected one of {', '.join(BUFFERS)}", where="buffers")
-        expect(aggregate == "mean", f"aggregate={aggregate!r}: expected 'mean'", where="aggregate")
+        self._rule = _rule(aggregate, self.cohort, data)
         expect(is_whole(seed, 0), f"seed={seed!r}: expected a whole number >= 0", where="seed")
         expect_kind(store)
         self.faults = Faults.of(faults or {}, self.cohort)
+        self._asks = self.faults.asked(self.cohort, clients)
+        expect(
+            self.faults.over_select == 1 or self._asks > self.cohort,
+            f"over_select={self.faults.over_select}: a cohort of {self.cohort} of {clients} clients leaves nobody else",
+            code="E112",
+            where="faults.over_select",
+            remedy="a smaller cohort, or 1.0",
+        )
+        self._norm = Policy.of(self.faults.norm)
+        self._there = availability_of(availability, data.names, seed)
+        self._links = None if network is None else network.links(data.names, seed)
         self.data = data
         self.local = local or LocalSGD()
         self.weights = weights
-        self.metrics = dict(metrics or {})
-        for name, metric in self.metrics.items():
-            expect(callable(metric), f"metrics[{name!r}]={metric!r}: expected a function (outputs, targets) -> number")
+        self.metrics = chosen(metrics)
         self.seed = seed
         self.uplink = uplink or wire.Dense()
         self.downlink = _downlink(downlink or wire.Dense(), method)
@@ -169,6 +221,7 @@ class Federation:
             made = _made(model)
         self.loss = loss_function(loss)
         self._trainer: Trainer = ready(made, self.loss, data, self.local, seed)
+        try_metrics(self._trainer, self.metrics)
         self.layers: tuple[Layer, ...] = layer_table(made)
 
         parts = method or FedAvg()
@@ -177,17 +230,31 @@ class Federation:
             self.local.weight_decay, self.local.clip, buffers if self._trainer.buffers else "",
         )  # fmt: skip
         self.method = parts.bind(task)
-        self._diagnostics = diagnostics
+        _expect_separable(self.method, self.uplink, self._rule, self._norm)
+        policy = task.buffers
+        if privacy is not None:
+            terms = Terms(weights, policy, availability, self.faults, self._rule is not None, self.uplink, clients)
+            expect_covered(privacy, self.method, terms)
+        if secure is not None:
+            plain = Plain(
+                self.uplink, policy, self._rule is not None, privacy is not None, accuracy_before, self.faults.norm,
+                self.faults.over_select, self.cohort,
+            )  # fmt: skip
+            expect_additive(secure, self.method, plain)
+        self.privacy = None if privacy is None else Guard(privacy, seed, clients, self.cohort)
+        self.secure = secure
+        self._diagnostics = diagnostics and privacy is None
         expect(
             not accuracy_before or data.test is not None,
             "accuracy_before=True: the data has no test set",
             where="accuracy_before",
         )
         self._judges = accuracy_before
-        moments = diagnostics or self.method.needs_moments
+        moments = self._diagnostics or self.method.needs_moments
+        apart = self._rule is not None or self._norm.acts or privacy is not None or secure is not None
         self._setup = Setup(
             data, self.method, self.local, self.loss, self.uplink, buffers, moments, seed, weights,
-            frame.in_memory if through_bytes else None,
+            apart, frame.in_memory if through_bytes else None,
         )  # fmt: skip
         buffers_now = {n: b.clone() for n, b in self._trainer.buffers.items()}
         self.initial = Initial(self._trainer.snapshot(), buffers_now)
@@ -206,12 +273,23 @@ class Federation:
             remedy="local.precision='fp32' or 'bf16'",
         )
         self._elsewhere: Callable[[], Engine] | None = None
+        self._wrap: Callable[[Engine], Engine] | None = None
         self._fedavg = self._fedavg_bytes()
 
     @property
     def setup(self) -> Setup:
         """What its client rounds have in common."""
         return self._setup
+
+    @property
+    def aggregate(self) -> str:
+        """How updates become one, in words: "mean", or the rule with its settings."""
+        return "mean" if self._rule is None else repr(self._rule)
+
+    @property
+    def enough(self) -> int | None:
+        """Messages that a round uses where more clients are asked; None: all that come."""
+        return self.cohort if self._asks > self.cohort else None
 
     @property
     def model(self) -> nn.Module:
@@ -247,6 +325,8 @@ class Federation:
     def over(self, carry: frame.Carry) -> Federation:
         """The same with every plan and message really encoded and taken by `carry`, in this process: engine "loop" for
         "processes". What its clients remember stays in memory, so a run that is looked at again is not written to."""
+        said = "secure: what travels is not the messages that could be looked at on the way"
+        expect(self.secure is None, said, code="E118", where="secure", remedy="look at the same run without it")
         made = copy.copy(self)
         made._setup = self._setup._replace(carry=carry)
         made.store = ClientStore()
@@ -261,8 +341,15 @@ class Federation:
             make: is given the engine that would be used otherwise.
 
         Raises:
-            ConfigError: E118 for what would be tested at the clients.
+            ConfigError: E118 for what would be tested at the clients, and for secure sums.
         """
+        expect(
+            self.secure is None,
+            "secure: clients that are elsewhere answer a letter once, and a secure sum asks them four times",
+            code="E118",
+            where="secure",
+            remedy="secure sums are for simulations, where they are counted to the byte",
+        )
         said = "clients that are elsewhere do not test their models"
         expect(not self._judges, f"accuracy_before=True: {said}", code="E118", where="accuracy_before")
         remedy = "leave the clients' own test sets out of the server's data"
@@ -273,16 +360,39 @@ class Federation:
         made._elsewhere = lambda: make(self._setup, self.made_engine())
         return made
 
+    def on(self, data: ClientData) -> Federation:
+        """The same with other examples at the same clients, as many as they had."""
+        same = data.names == self.data.names and data.sizes.equal(self.data.sizes)
+        expect(same, "data: other clients, or other numbers of examples", code="E119", where="data")
+        made = copy.copy(self)
+        made.data = data
+        made._trainer = copy.copy(self._trainer)
+        made._trainer.data = data
+        made._setup = self._setup._replace(data=data)
+        made._stack, _ = engines.stack_for(self.engine, made._trainer, made._setup, self.initial.params, self.cohort)
+        return made
+
+    def through(self, wrap: Callable[[Engine], Engine]) -> Federation:
+        """The same with its replies, each client's by itself, passing through what `wrap` makes of its engine."""
+        made = copy.copy(self)
+        made._setup = self._setup._replace(apart=True)
+        before = self._wrap
+        made._wrap = wrap if before is None else lambda engine: wrap(before(engine))
+        return made
+
     def made_engine(self, carry: frame.Carry | None = None) -> Engine:
         """Its engine, to be closed after use.
 
         Args:
             carry: takes every frame instead of what takes them otherwise.
         """
-        if self._elsewhere is not None:
-            return self._elsewhere()
         setup = self._setup if carry is None else self._setup._replace(carry=carry)
-        return engines.make(self.engine, self.workers, self.engine_reason, self._trainer, setup, self._stack)
+        made = (
+            engines.make(self.engine, self.workers, self.engine_reason, self._trainer, setup, self._stack)
+            if self._elsewhere is None
+            else self._elsewhere()
+        )
+        return made if self._wrap is None else self._wrap(made)
 
     def start(self, engine: Engine) -> tuple[State, Books]:
         """The state before round 0: the method's states, its probe and its setup."""
@@ -297,11 +407,11 @@ class Federation:
             everyone = tuple(range(len(self.data)))
             plan = self._plan(params, buffers, 0, self.local.lr, len(everyone))
             probed = self._broadcast(plan)
-            mean, store = self._collect("probe", engine, probed, everyone, store, books)
-            past = probed.past
+            came = self._collect("probe", engine, probed, everyone, store, books, Bounds(self._norm, {}))
+            mean, store, past = came.mean, came.store, probed.past
             if not mean:
                 remedy = "the loss or its gradient is not finite at the initial model: check the data and the loss"
-                raise _nobody("every client's probe was refused", books.events, remedy)
+                raise _nobody("every client's probe was refused", books.lost, remedy)
         params, server = self.method.setup(server, params, mean)
         if mean:
             first = self._broadcast(
@@ -317,41 +427,53 @@ class Federation:
         began = time.perf_counter()
         t = state.round
         with threads(1 if engine.name != "threads" else engines.cores()):
-            cohort = self._drawn(t)
-            lr = self.local.rate(t, horizon)
-            plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, len(cohort)))
+            cohort = self._drawn(t, state.resting)
+            if not cohort and self.privacy is None:
+                said = f"round {t}: no client is available, then and for long after"
+                raise RunError(said, code="E317", where="availability", remedy="more clients, or another availability")
+            lr, wanted = self.local.rate(t, horizon), min(len(cohort), self.cohort)
+            if self.privacy is not None:
+                wanted = self.cohort  # how many were drawn is nobody's business
+            plan = self.method.plan(state.server, self._plan(state.params, state.buffers, t, lr, wanted))
             broadcast = self._broadcast(plan, state.change, state.past)
             order = sorted(cohort, key=lambda c: (-self.local.count(self._sizes[c]), c))
             kind: Kind = "judged" if evaluating and self._judges else "round"
-            told = len(books.events)  # those of a probe stand before
-            mean, store = self._collect(kind, engine, broadcast, order, state.clients, books)
-            if not books.accepted:
-                remedy = "training diverged on every client: lower local.lr, or set local.clip"
-                raise _nobody(f"round {t}: every message was refused", books.events[told:], remedy, f"round {t}")
-            if books.accepted < self.faults.min_replies:
-                raise RunError(
-                    f"round {t}: {books.accepted} of {len(cohort)} messages were accepted, expected at least "
-                    f"{self.faults.min_replies}; the first that was not, of {_first(books.events[told:])}",
-                    code="E314",
-                    where=f"round {t}",
-                    remedy="the state from before it is kept: go on from there (resume), or lower faults.min_replies",
-                )
-            seen = mean
-            truth = replace(plan, params=state.params, participation=books.accepted / len(self.data))
-            mean, server = self.method.step(state.server, truth, mean)
-            change = None
-            if not codes_values(self.downlink):
-                base = {key: known for key, known in broadcast.tags.items() if key.startswith("params/")}
-                change = Change(base, mean["update"], repr(self.downlink), self.seed, t)
-                mean = {**mean, "update": change.coded(self.downlink, self._schema, plan.mask)[0]}
-                server = self.method.absorb(server, {"update": change.step}, {"update": mean["update"]})
-            params = state.params | add(mean["update"], state.params)
-            buffers = state.buffers | mean.get("buffers", {})
+            told = len(books.lost)  # those of a probe stand before
+            bounds = Bounds(self._norm, state.norms)
+            came = self._collect(kind, engine, broadcast, order, state.clients, books, bounds)
+            seen = came.mean
+            params, buffers, server, change = state.params, state.buffers, state.server, state.change
+            try:
+                if self.privacy is None:
+                    mean = self._enough(came, books, told, wanted, t)
+                else:
+                    mean = self.privacy.released(came.mean, plan, books.accepted)
+                    seen = self.privacy.seen(came.mean, mean)
+            except RunError as error:
+                if self.faults.on_quorum == "fail":
+                    raise
+                seen = {"update": {}, "steps": {"steps": torch.zeros((), dtype=torch.float64)}}
+                store = came.forgotten(state.clients)
+                books.skip(error.message)
+            else:
+                store = came.store
+                part = wanted if self.privacy is not None else books.accepted
+                truth = replace(plan, params=state.params, participation=part / len(self.data))
+                mean, server = self.method.step(state.server, truth, mean)
+                change = None
+                if not codes_values(self.downlink):
+                    base = {key: known for key, known in broadcast.tags.items() if key.startswith("params/")}
+                    change = Change(base, mean["update"], repr(self.downlink), self.seed, t)
+                    mean = {**mean, "update": change.coded(self.downlink, self._schema, plan.mask)[0]}
+                    server = self.method.absorb(server, {"update": change.step}, {"update": mean["update"]})
+                params = state.params | add(mean["update"], state.params)
+                buffers = state.buffers | mean.get("buffers", {})
             intervals = self.method.observe(state.server).get("interval", {})  # those in force in this round
-            observed, layers = books.layers(state.observed, plan, seen, params, intervals)
+            observed, layers = books.layers(state.observed, plan, seen, params, intervals, self.method.masks != "fixed")
         new = State(
             params, buffers, server, store, t + 1, state.bytes_up + books.up.total(),
-            state.bytes_down + books.down.total(), observed, change, broadcast.past,
+            state.bytes_down + books.down.total(), observed, change, broadcast.past, bounds.after(),
+            self._resting(state.resting, books, t), self.privacy.after(state.spent) if self.privacy else None,
         )  # fmt: skip
         result = self.evaluate(new, engine) if evaluating else Evaluation(None, None, {}, None)
         seconds = time.perf_counter() - began
@@ -364,10 +486,10 @@ class Federation:
             bytes_up=books.up.total(),
             bytes_down=books.down.total(),
             seconds=seconds,
-            layers=layers,
+            layers=bounds.shown(layers, books.accepted),
             traffic=tuple(books.traffic()),
             clients=tuple(clients),
-            train_loss=total(c.loss for c in accepted) / len(accepted),
+            train_loss=total(c.loss for c in accepted) / len(accepted) if accepted else math.nan,
             lr=plan.lr,
             accuracy=result.accuracy,
             loss=result.loss,
@@ -377,6 +499,8 @@ class Federation:
             events=tuple(books.events),
             fedavg_up=self._fedavg[0] * len(cohort),
             fedavg_down=self._fedavg[1] * len(cohort),
+            network_seconds=None if self._links is None else total(map(self._links.seconds, books.exchanges.values())),
+            epsilon=None if self.privacy is None else self.privacy.epsilon(new.spent),
         )
         return new, record
 
@@ -389,7 +513,7 @@ class Federation:
         engine = engine or engines.make("threads", 1, "", self._trainer, self._setup)
         plan = self._plan(state.params, state.buffers, state.round, self.local.lr, self.cohort)
         score: Score | None = None
-        metrics: dict[str, float] = {}
+        metrics: dict[str, Number] = {}
         personal = None
         if self.data.test is not None and self.metrics:
             with threads(engines.cores()):
@@ -410,9 +534,47 @@ class Federation:
             return Evaluation(None, None, metrics, personal)
         return Evaluation(score.accuracy, score.loss / score.examples, metrics, personal)
 
-    def _drawn(self, t: int) -> tuple[int, ...]:
-        """The cohort of round t."""
-        return draw(self.seed, t - t % self.method.hold, len(self.data), self.cohort)
+    def _drawn(self, t: int, resting: Mapping[int, int]) -> tuple[int, ...]:
+        """Who is asked in round t. Who began to rest before the cohort was drawn is not drawn, and who did so since
+        is left out of it, unless nobody is left."""
+        if self.privacy is not None:
+            return self.privacy.drawn(t)
+        key = t - t % self.method.hold
+        asleep = {c for c, until in resting.items() if until - self.faults.rest_rounds <= key < until}
+        there = self._there
+        if asleep and len(asleep) < len(self.data):
+            before = there or (lambda t, c: True)
+            there = lambda t, c: c not in asleep and before(t, c)  # noqa: E731
+        asked = draw if there is None else draw_there
+        drawn = asked(self.seed, key, len(self.data), self._asks, there)  # type: ignore[arg-type]
+        drawn = tuple(c for c in drawn if resting.get(c, 0) <= t) or drawn
+        root = getattr(self._rule, "root", None)
+        return drawn if root is None else tuple(sorted({*drawn, self.data.names.index(root)}))
+
+    def _resting(self, before: Mapping[int, int], books: Books, t: int) -> dict[int, int]:
+        """Who rests after round t, until when."""
+        again = t + 1 - (t + 1) % self.method.hold  # what rounds still to come are drawn by
+        silent = [c.client for c in books.clients if c.refused == "E311"] if self.faults.rest_rounds else []
+        kept = {c: until for c, until in before.items() if until > again}
+        return kept | dict.fromkeys(silent, t + 1 + self.faults.rest_rounds)
+
+    def _enough(self, came: Collected, books: Books, told: int, cohort: int, t: int) -> Message:
+        """The mean of the messages, or what a rule makes of them. Raises RunError where too few were accepted."""
+        if not books.accepted:
+            remedy = "training diverged on every client: lower local.lr, or set local.clip"
+            raise _nobody(f"round {t}: every message was refused", books.lost[told:], remedy, f"round {t}")
+        if books.accepted < self.faults.needed(cohort):
+            raise RunError(
+                f"round {t}: {books.accepted} of {len(books.clients)} messages were accepted, expected at least "
+                f"{self.faults.needed(cohort)}; the first that was not, of {_first(books.lost[told:])}",
+                code="E306",
+                where=f"round {t}",
+                remedy="the state from before it is kept: go on from there (resume), lower faults.min_replies, or set "
+                "faults.on_quorum='skip'",
+            )
+        if self._rule is None:
+            return came.mean
+        return {**came.mean, "update": _combined(self._rule, came.apart, t)}
 
     def _plan(self, params: Params, buffers: Params, t: int, lr: float, cohort: int) -> Plan:
         return Plan(
@@ -430,19 +592,19 @@ class Federation:
 
     def _collect(
         self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
-        store: ClientStore, books: Books,
-    ) -> tuple[Message, ClientStore]:  # fmt: skip
+        store: ClientStore, books: Books, bounds: Bounds,
+    ) -> Collected:  # fmt: skip
         """Sends the plan, takes the replies in order, and sums what is accepted."""
         parts = dict(zip(order, self._setup.weights_of(order), strict=True))
         whole = total(parts.values())
         shares = {c: parts[c] / whole for c in order}
-        even = 1.0 / len(order)
+        even = 1.0 / max(1, len(order))
         mean = Mean(total(shares.values()))
         uniform = Mean(total(even for _ in order))
         phase = "probe" if kind == "probe" else "round"
         weighing = {"moments": "update"}  # a tree whose weights are those of another
         if kind != "probe":
-            store.will_need({*self._drawn(broadcast.plan.round + 1)} - {*order})  # while this cohort trains
+            store.will_need({*self._drawn(broadcast.plan.round + 1, {})} - {*order})  # while this cohort trains
         writer = store.writing()
 
         def pack(client: int, missing: Missing) -> bytes:
@@ -450,31 +612,53 @@ class Federation:
             accepted = -1 if missing == "row" else known.accepted
             return broadcast.packed({} if missing else known.held, accepted, client)
 
+        apart: dict[str, tuple[Params, float]] = {}
         nothing: Held = {}  # is what a client counts as holding of which nothing usable came
-        for reply in engine.replies(kind, broadcast.plan, order, store.rows, pack):
+        told: dict[int, Held] = {}
+        judged = Admission(self._setup, kind, broadcast.plan, order)
+        replies = bounds.through(judged.through(engine.replies(kind, broadcast.plan, order, store.rows, pack)))
+        if self.privacy is not None:
+            replies = self.privacy.through(replies)
+        if self.secure is not None:
+            replies = summed(self.secure, self._setup, broadcast.plan, order, replies)
+        root = getattr(self._rule, "root", None)
+        for reply in enough(
+            replies, None if kind == "probe" else self.enough, () if root is None else (self.data.names.index(root),)
+        ):
             c = reply.client
+            if reply.beside:
+                name = self.data.names[c] if 0 <= c < len(self.data) else f"number {c}"
+                books.beside(phase, name, reply)
+                continue
             before = store.entry(c)
             down = books.sent(phase, "down", broadcast.sizes(before.held, before.accepted, c))
             if reply.again is not None:
                 down += books.sent(phase, "down", broadcast.sizes({}, before.accepted, c))
+            down += books.sent(phase, "down", reply.down)
             up = books.sent(phase, "up", reply.sizes)
             books.client(c, self.data.names[c], self._sizes[c], reply, up, down, phase)
             if reply.refused is not None:
-                writer.tell(c, broadcast.tags if reply.code == "E310" else nothing)
+                told[c] = broadcast.tags if holds_plan(reply) else nothing
+                writer.tell(c, told[c])
                 continue
+            told[c] = broadcast.tags
             members = reply.members or (c,)
             share = total(shares[member] for member in members)
             for tree, content in reply.message.items():
                 if tree == "score":
-                    books.before.append(score_of(reply).accuracy)
+                    finite = bool(torch.isfinite(content["score"]).all())
+                    books.before.append(score_of(reply).accuracy if finite else None)
                 elif weighing.get(tree, tree) in self.method.uniform:
                     uniform.add(tree, content, even * len(members))
                 else:
                     mean.add(tree, content, share)
+            if self._rule is not None and kind != "probe":
+                own = {name: x.clone() for name, x in reply.message["update"].items()}
+                apart[self.data.names[c]] = own, even if "update" in self.method.uniform else share
             if "update" in reply.message:
-                books.count(reply.sizes["update"].entries, share)
+                books.count(reply.sizes["update"].entries, reply.residual, share)
             writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
-        return mean.result() | uniform.result(), writer.done()
+        return Collected(mean.result() | uniform.result(), writer.done(), apart, told)
 
     def _fedavg_bytes(self) -> tuple[int, int]:
         """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
@@ -508,6 +692,8 @@ def run(
     if state is not None:
         _expect_own(fed, state)
         state = replace(state, clients=state.clients.on(fed.store.shelf))
+        if fed.privacy is not None:
+            state = replace(state, spent=fed.privacy.again(state.spent))
     engine = fed.made_engine()
     try:
         books = Books()
@@ -524,19 +710,22 @@ def run(
         engine.close()
 
 
-def _nobody(said: str, events: Sequence[Mapping[str, str]], remedy: str, where: str | None = None) -> RunError:
+def _nobody(said: str, lost: Sequence[Mapping[str, str]], remedy: str, where: str | None = None) -> RunError:
     """No message was accepted."""
-    code = next((event["code"] for event in events if event["code"] != "E313"), "E310")
-    if code != "E310":
+    code = lost[0]["code"] if lost else "E311"
+    if code not in ("E310", "E312"):
         remedy = "look at the clients' nodes; the state from before is kept, so the run can go on from there (resume)"
-    return RunError(f"{said}; the first, of {_first(events)}", code=code, where=where, remedy=remedy)
+    return RunError(f"{said}; the first, of {_first(lost)}", code=code, where=where, remedy=remedy)
 
 
-def _first(events: Sequence[Mapping[str, str]]) -> str:
+def _first(lost: Sequence[Mapping[str, str]]) -> str:
     """The first client whose message was not accepted, and why."""
-    event = next(event for event in events if event["code"] != "E313")
-    why = f"has non-finite values in {event['layer']}" if event["code"] == "E310" else event["why"]
-    return f"client {event['client']!r}, {why}" if event["code"] == "E310" else f"client {event['client']!r}: {why}"
+    if not lost:
+        return "nobody"
+    who, layer, why = (lost[0].get(key, "") for key in ("client", "layer", "why"))
+    if lost[0]["code"] == "E310":
+        return f"client {who!r}, has non-finite values in {layer}"
+    return f"client {who!r}: {f'{layer}: ' if layer else ''}{why}"
 
 
 def _planned_otherwise(method: Method[Any, Any], horizon: int) -> str:
@@ -565,6 +754,58 @@ def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
     held = cut(before.params, first.plan.mask)
     same = [name for name, x in first.plan.params.items() if torch.equal(x, held[name])]
     return {f"params/{name}": first.tags[f"params/{name}"] for name in same}
+
+
+def _rule(aggregate: str | Rule, cohort: int, data: ClientData) -> Rule | None:
+    """None: the mean."""
+    if aggregate == "mean":
+        return None
+    if isinstance(aggregate, type) or not isinstance(aggregate, Rule):
+        raise ConfigError(
+            f"aggregate={aggregate!r}: expected 'mean' or a rule", where="aggregate", remedy="lamina.robust has some"
+        )
+    root = getattr(aggregate, "root", None)
+    if root is not None:
+        remedy = meant(str(root), data.names) or None
+        known = root in data.names
+        expect(known, f"root={root!r}: no such client", code="E115", where="aggregate.root", remedy=remedy)
+    aggregate.expect(cohort)
+    return aggregate
+
+
+def _expect_separable(method: Method[Any, Any], uplink: wire.Codec, rule: Rule | None, norm: Policy) -> None:
+    """Raises ConfigError E115 where an update by itself does not say what its client wants."""
+    parts = method.methods if isinstance(method, Chain) else (method,)
+    told = next((part for part in parts if part.encodes and part.compensates), None)
+    expect(
+        told is None or (rule is None and not norm.cuts),
+        f"{told!r} sends what has changed since its last message: what a rule leaves out, or a bound cuts off, is "
+        "never made up for",
+        code="E115",
+        where="faults.norm" if rule is None else "aggregate",
+        remedy="faults.norm='reject:20x' leaves out a whole message, which its client then keeps",
+    )
+    density = getattr(uplink, "density", 1.0)
+    expect(
+        density > 0.5 or not getattr(rule, "entrywise", False),
+        f"{rule!r} under {uplink!r}: most clients leave an entry out, so most values of it are 0, and so is the result",
+        code="E115",
+        where="aggregate",
+        remedy="multikrum or geomedian look at updates as a whole; or a dense uplink",
+    )
+
+
+def _combined(rule: Rule, apart: Mapping[str, tuple[Params, float]], t: int) -> Params:
+    """Raises RunError E318 where too few clients answered for the rule."""
+    try:
+        rule.expect(len(apart))
+        whole = total(share for _, share in apart.values())
+        weights = {name: share / whole for name, (_, share) in apart.items()}
+        return rule.combine({name: update for name, (update, _) in apart.items()}, weights)
+    except (ConfigError, LookupError) as error:
+        said = error.message if isinstance(error, ConfigError) else str(error.args[0])
+        remedy = "the state from before it is kept: go on from there (resume), with a larger cohort or another rule"
+        raise RunError(f"round {t}: {said}", code="E318", where=f"round {t}", remedy=remedy) from error
 
 
 def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:

@@ -14,19 +14,20 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 from safetensors.torch import save
 
-from lamina import checkpoint
+from lamina import checkpoint, lock
 from lamina.data import ClientData
 from lamina.errors import StorageError
 from lamina.federation import Federation, State
 from lamina.record import RoundRecord
+from lamina.redaction import hidden
+from lamina.store.files import beside
 
 VERSION = 1
 LOGS = ("metrics.jsonl", "layers.jsonl", "bytes.jsonl", "events.jsonl")
@@ -39,7 +40,6 @@ _NEEDED = (  # what everybody reads of run.json
 _BYTES = ("bytes_up", "bytes_down", "total_up", "total_down", "fedavg_up", "fedavg_down")
 _DAMAGED = "`lamina resume` goes on from an older checkpoint, if one is whole"
 _HOLDERS = 4096  # rows of split.json that are in memory at a time
-_COST = 0.05  # share of the time that checkpoint_every="auto" may cost
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     loss: float | None
     personal_accuracy: float | None
     accuracy_before: float | None
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]  # None where one is undefined
     train_loss: float
     lr: float
     clients: int
@@ -65,6 +65,8 @@ class Row(NamedTuple):
     fedavg_up: int  # in total, what FedAvg with fp32 would have sent until here
     fedavg_down: int
     seconds: float
+    network_seconds: float | None = None  # in total, on the virtual network's clock
+    epsilon: float | None = None  # of all rounds until here
 
     @property
     def saving(self) -> float:
@@ -78,79 +80,52 @@ class Row(NamedTuple):
 class Book:
     """Writes a run folder."""
 
-    def __init__(self, folder: Path, info: dict[str, Any], best: Row | None = None):
+    def __init__(self, folder: Path, info: dict[str, Any], best: Row | None = None, kept: Row | None = None):
         self.folder = folder
         self.info = info
         self._best = best  # until now; what is not committed yet stands in no run.json
+        self._kept = kept  # the best of those rounds after which there is a checkpoint
         self._final: Row | None = None  # since the start of this process
         self.logs = (*LOGS, CLIENTS) if info["options"]["keep_clients_log"] else LOGS
         self._lines: dict[str, list[str]] = {log: [] for log in self.logs}
         self._began = time.monotonic() - info["seconds"]
-        self._committed = time.monotonic()
-        self._cost = 0.0
-        self._round = info["rounds_done"]
+        self._pace = checkpoint.Pace()
+        self._last: Row | None = None
 
     def round(self, state: State, record: RoundRecord, before: Row | None) -> Row:
-        t = record.round
-        self._round = state.round
-        row = Row(
-            round=t,
-            in_sync=record.in_sync,
-            accuracy=record.accuracy,
-            loss=record.loss,
-            personal_accuracy=record.personal_accuracy,
-            accuracy_before=record.accuracy_before,
-            metrics=record.metrics,
-            train_loss=record.train_loss,
-            lr=record.lr,
-            clients=len(record.cohort),
-            refused=sum(c.refused is not None for c in record.clients),
-            uploaded=sum(layer.uploaded for layer in record.layers.values()),
-            parameters=len(record.layers),
-            bytes_up=record.bytes_up,
-            bytes_down=record.bytes_down,
-            total_up=state.bytes_up,
-            total_down=state.bytes_down,
-            fedavg_up=record.fedavg_up + (before.fedavg_up if before else 0),
-            fedavg_down=record.fedavg_down + (before.fedavg_down if before else 0),
-            seconds=round(record.seconds, 4),
-        )
-        self._put("metrics.jsonl", row._asdict())
-        for name, layer in record.layers.items():
-            said = {key: value for key, value in layer._asdict().items() if value is not None}
-            self._put("layers.jsonl", {"round": t, "layer": name, **said})
-        for traffic in record.traffic:
-            self._put("bytes.jsonl", {"round": t, **traffic._asdict()})
-        for event in record.events:
-            self._put("events.jsonl", {"event": "refused", "round": t, **event})
-        if CLIENTS in self._lines:
-            for client in record.clients:
-                self._put(CLIENTS, {"round": t, **client._asdict()})
+        row = row_after(state, record, before)
+        for log, line in logged(row, record):
+            if log in self._lines:
+                text = json.dumps(line, ensure_ascii=False)
+                self._lines[log].append((hidden(text) if log == "events.jsonl" else text) + "\n")
         if counts(row):
             self._best = best_of([row] if self._best is None else [self._best, row], self.info["personal"])
             self._final = row
+        self._last = row
         return row
 
     def event(self, event: Mapping[str, Any]) -> None:
-        self._put("events.jsonl", event)
-
-    def _put(self, log: str, row: Mapping[str, Any]) -> None:
-        self._lines[log].append(json.dumps(finite(row), ensure_ascii=False) + "\n")
+        self._lines["events.jsonl"].append(hidden(json.dumps(finite(event), ensure_ascii=False)) + "\n")
 
     def due(self, every: int | Literal["auto"], done: int) -> bool:
-        if every != "auto":
-            return done % every == 0
-        return time.monotonic() - self._committed >= self._cost / _COST
+        return self._pace.due() if every == "auto" else done % every == 0
 
     def commit(self, state: State) -> None:
         """Raises StorageError E401; what was committed before is intact."""
         began = time.monotonic()
         with storing(self.folder):
-            for log, lines in self._lines.items():
-                if lines:
-                    _append(self.folder / log, self.info["lengths"][log], "".join(lines).encode())
-        lengths = {log: os.path.getsize(self.folder / log) for log in self.logs}
-        checkpoint.commit(state, self.folder / "checkpoints", {"lengths": lengths})
+            lengths = self._written()
+        kept = self._kept
+        if self._last is not None and counts(self._last) and self._last.round + 1 == state.round:
+            kept = best_of([self._last] if kept is None else [kept, self._last], self.info["personal"])
+        checkpoint.commit(
+            state,
+            self.folder / "checkpoints",
+            {"lengths": lengths},
+            after=self.info["rounds_done"],
+            best=None if kept is None else kept.round + 1,
+        )
+        self._kept = kept
         for lines in self._lines.values():
             lines.clear()
         self.info |= {
@@ -163,8 +138,14 @@ class Book:
             self.info |= {"final": result(self._final), "best": result(self._best)}
         with storing(self.folder):
             self.save()
-        self._committed = time.monotonic()
-        self._cost = self._committed - began
+        self._pace.took(time.monotonic() - began)
+
+    def _written(self) -> dict[str, int]:
+        """The logs with what is new, and how long they are then."""
+        for log, lines in self._lines.items():
+            if lines:
+                _append(self.folder / log, self.info["lengths"][log], "".join(lines).encode())
+        return {log: os.path.getsize(self.folder / log) for log in self.logs}
 
     def finish(self, fed: Federation, state: State | None, status: str, code: int) -> None:
         if state is not None:
@@ -174,6 +155,7 @@ class Book:
                 replace(self.folder / "model.safetensors", save(tensors))
         self.info |= {"status": status, "exit_code": code, "error": None}
         with storing(self.folder):
+            self.info["lengths"] = self._written()  # events since the last commit
             self.save()
 
     def last_words(self, state: State | None) -> None:
@@ -183,16 +165,73 @@ class Book:
                 self.commit(state)
 
     def fail(self, status: str, code: int, error: str) -> None:
-        self.info |= {"status": status, "exit_code": code, "error": error}
+        self.info |= {"status": status, "exit_code": code, "error": hidden(error)}
         with contextlib.suppress(
             OSError
         ):  # a full disk: then the status stays "running", and `resume` works all the same
             self.save()
 
+    @property
+    def seconds(self) -> float:
+        """Since the start of the run, pauses left out."""
+        return float(time.monotonic() - self._began)
+
     def save(self) -> None:
-        self.info["seconds"] = round(time.monotonic() - self._began, 3)
+        self.info["seconds"] = round(self.seconds, 3)
         self.info["updated"] = now()
         replace(self.folder / "run.json", document(self.info))
+
+
+def row_after(state: State, record: RoundRecord, before: Row | None) -> Row:
+    """What metrics.jsonl says of a round.
+
+    Args:
+        state: after it.
+        before: the row of the round before.
+    """
+    return Row(
+        round=record.round,
+        in_sync=record.in_sync,
+        accuracy=record.accuracy,
+        loss=record.loss,
+        personal_accuracy=record.personal_accuracy,
+        accuracy_before=record.accuracy_before,
+        metrics=record.metrics,
+        train_loss=record.train_loss,
+        lr=record.lr,
+        clients=len(record.cohort),
+        refused=sum(c.refused is not None for c in record.clients),
+        uploaded=sum(layer.uploaded for layer in record.layers.values()),
+        parameters=len(record.layers),
+        bytes_up=record.bytes_up,
+        bytes_down=record.bytes_down,
+        total_up=state.bytes_up,
+        total_down=state.bytes_down,
+        fedavg_up=record.fedavg_up + (before.fedavg_up if before else 0),
+        fedavg_down=record.fedavg_down + (before.fedavg_down if before else 0),
+        seconds=round(record.seconds, 4),
+        network_seconds=None if record.network_seconds is None else record.network_seconds + _clock(before),
+        epsilon=record.epsilon,
+    )
+
+
+def logged(row: Row, record: RoundRecord) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The log and the line, for every line that a round leaves."""
+    t = record.round
+    yield "metrics.jsonl", finite(row._asdict())
+    for name, layer in record.layers.items():
+        said = {key: value for key, value in layer._asdict().items() if value is not None}
+        yield "layers.jsonl", finite({"round": t, "layer": name, **said})
+    for traffic in record.traffic:
+        yield "bytes.jsonl", {"round": t, **traffic._asdict()}
+    for event in record.events:
+        yield "events.jsonl", finite({"event": "refused", "round": t, **event})
+    for client in record.clients:
+        yield CLIENTS, finite({"round": t, **client._asdict()})
+
+
+def _clock(before: Row | None) -> float:
+    return 0.0 if before is None or before.network_seconds is None else before.network_seconds
 
 
 def counts(row: Row) -> bool:
@@ -370,7 +409,7 @@ def replace(path: Path, blob: bytes) -> None:
 
 def rewrite(path: Path, blobs: Iterable[bytes]) -> None:
     """The same, piece by piece."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     with temporary.open("wb") as file:
         file.writelines(blobs)
         file.flush()
@@ -428,25 +467,28 @@ def storing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-if sys.platform == "win32":
+def expect_within(folder: Path) -> None:
+    """Nothing that is written to may be a link: a folder that somebody else has made could lead to any file.
 
-    @contextlib.contextmanager
-    def locked(folder: Path) -> Iterator[None]:
-        yield
+    Raises:
+        StorageError: E405.
+    """
+    inner = (folder, folder / "checkpoints", folder / "export")
+    links = [path for place in inner if place.is_dir() for path in place.iterdir() if path.is_symlink()]
+    if links:
+        raise StorageError(
+            f"{links[0].relative_to(folder)} is a link: a run is written into its own folder alone",
+            code="E405",
+            where=str(folder),
+            remedy="put what it leads to in its place; to have runs elsewhere: --run-dir, LAMINA_RUNS or out=",
+        )
 
-else:
-    import fcntl
 
-    @contextlib.contextmanager
-    def locked(folder: Path) -> Iterator[None]:
-        """One process at a time; the system lets go when it ends, however it ends. Its workers do not inherit this."""
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, see `lamina.lock`. Raises StorageError E405, too, for a folder that leads elsewhere."""
+    expect_within(folder)
+    with contextlib.ExitStack() as held:
         with storing(folder):
-            file: TextIO = (folder / ".lock").open("a")
-        with file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise StorageError("another process is at this run", code="E406", where=str(folder)) from None
-            except OSError:
-                pass  # a file system without locks
-            yield
+            held.enter_context(lock.locked(folder / ".lock", str(folder)))
+        yield

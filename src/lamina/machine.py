@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import xxhash
 from lamina.data import ClientData
 from lamina.engine import cores, cuda, mkl
 from lamina.federation import Federation
+from lamina.redaction import redacted
 
 
 def environment(fed: Federation) -> dict[str, Any]:
@@ -106,22 +106,6 @@ def sync_seconds(folder: Path) -> float | None:
     except OSError:
         return None
     return statistics.median(times)
-
-
-_SECRET = re.compile(r"(?i)(token|secret|passw|credential|api_?key|auth)")
-
-
-def redacted(argv: Sequence[str]) -> list[str]:
-    """Values of arguments whose names say that they are secret, and credentials in addresses, as ***."""
-    shown = []
-    hide = False
-    for word in argv:
-        key, equals, _ = word.partition("=")
-        if hide or (equals and _SECRET.search(key)):
-            word = f"{key}=***" if equals and not hide else "***"
-        hide = not equals and word.startswith("-") and _SECRET.search(word) is not None
-        shown.append(re.sub(r"//[^/@\s]+@", "//***@", word))
-    return shown
 
 
 def _git() -> dict[str, Any] | None:

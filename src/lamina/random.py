@@ -26,3 +26,8 @@ def generator(seed: int, purpose: str, round: int = 0, client: int = 0) -> torch
     made = torch.Generator()
     made.manual_seed(address(seed, purpose, round, client))
     return made
+
+
+def stream(key: bytes, purpose: str, round: int, count: int) -> bytes:
+    """So many bytes that only follow from the key: SHAKE-256 over it and the address. For what must stay secret."""
+    return hashlib.shake_256(b"lamina:%d:%s:" % (round, purpose.encode()) + key).digest(count)

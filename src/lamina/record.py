@@ -25,6 +25,9 @@ class LayerRecord(NamedTuple):
     inertia_l2: float | None = None  # |w(t) - w(2)|
     inertia_cosine: float | None = None  # w(t) . w(2) / (|w(t)| |w(2)|)
     density: float | None = None  # share of entries that travelled
+    residual_norm: float | None = None  # sqrt(E|r|^2) of what clients keep back for later rounds; None elsewhere
+    mask_churn: float | None = None  # share of the entries kept by the mask that it did not keep a round before
+    clipped: float | None = None  # share of the accepted messages in which `faults.norm` cut it; None without a bound
 
 
 class Traffic(NamedTuple):
@@ -74,3 +77,4 @@ class RoundRecord:
     fedavg_up: int = 0  # what FedAvg with fp32 would have sent in this round
     fedavg_down: int = 0
     network_seconds: float | None = None  # on the virtual network, if there is one
+    epsilon: float | None = None  # of all rounds until here, at privacy.delta; None where nothing can be said

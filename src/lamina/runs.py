@@ -6,7 +6,7 @@ runs/<experiment>/<NNN>-<method>/
   split.json        examples and labels of every client, and the sha256 of the split
   run.json          status running | done | failed | interrupted, totals, final sha256, engine and why
   metrics.jsonl  layers.jsonl  bytes.jsonl  events.jsonl  (clients.jsonl by choice)
-  checkpoints/      the newest two
+  checkpoints/      the newest two, and the best
   model.safetensors the global model's whole state_dict
   crash.txt         after a crash
 """
@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,9 +34,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lamina import checkpoint, wire
-from lamina.data.client_data import POOLED
 from lamina.engine import bits, cores, mkl, processes
-from lamina.errors import ConfigError, LaminaError, StorageError, expect
+from lamina.errors import LaminaError, StorageError, expect
+from lamina.export.live import Trackers
+from lamina.export.sink import expect_installed, expect_known
 from lamina.federation import Federation, State
 from lamina.folder import (
     CLIENTS,
@@ -56,12 +58,13 @@ from lamina.folder import (
     result,
     rewrite,
     split_document,
-    standing,
     storing,
 )
 from lamina.machine import content, environment
 from lamina.method import Chain, Method
 from lamina.record import RoundRecord
+from lamina.redaction import hidden
+from lamina.stop import Stop
 from lamina.store import ClientStore
 
 if TYPE_CHECKING:
@@ -178,6 +181,22 @@ class Run:
 
         return summary(self)
 
+    def report(self, path: str | Path | None = None) -> Path:
+        """Writes what happened, layer by layer, as one HTML file that needs nothing else.
+
+        Args:
+            path: where to; None: report.html in the run's folder.
+        """
+        from lamina import report
+
+        return report.write([self], report.place_for([self]) if path is None else path)
+
+    def _repr_html_(self) -> str:
+        """Cards and a curve, for notebooks."""
+        from lamina import report
+
+        return report.cards_html(self)
+
     def _federation(self) -> Federation:
         if self._fed is None:
             from lamina.config import build
@@ -185,8 +204,8 @@ class Run:
             self._fed = build(self._config())
         return self._fed
 
-    def _config(self) -> Config:
-        """config.toml, with an engine that gives the bits of the one that the run began with."""
+    def _config(self, keys: Sequence[str] = ()) -> Config:
+        """config.toml with these keys over it, and an engine that gives the bits of the one that the run began with."""
         if not (self.path / "config.toml").is_file():
             raise StorageError(
                 f"{self.path} was not made from a config, so its model cannot be rebuilt",
@@ -195,7 +214,9 @@ class Run:
             )
         from lamina.config import load
 
-        config = load(self.path / "config.toml", env={})
+        config = load(self.path / "config.toml", keys, env={})
+        if config.origin("engine").startswith("command line") and config.engine != "auto":
+            return config
         engine = self.info["engine"]
         if bits(engine) == "one thread":
             several = cores() > 1 and (processes.available() or config.engine == "processes")
@@ -212,6 +233,8 @@ def fit(
     evaluate_every: int | None = None,
     checkpoint_every: int | Literal["auto"] | None = None,
     keep_clients_log: bool | None = None,
+    track: Sequence[str] | None = None,
+    stop: Stop | None = None,
     progress: bool | Watcher = True,
     config: Config | None = None,
 ) -> Run:
@@ -223,11 +246,13 @@ def fit(
             one of the data.
         root: what stands for `runs` there; None: LAMINA_RUNS, else ./runs.
         evaluate_every: test after every so many rounds, and after the last; None: as the config says, without one 1.
-        checkpoint_every: rounds between two commits; "auto": as often as costs a twentieth of the time. The last
-            round, and the one that Ctrl-C or an error ends, are committed in any case. None: as the config says,
-            without one "auto".
+        checkpoint_every: rounds between two commits; "auto": as often as costs 2 % of the time. The last round, and the
+            one that Ctrl-C or an error ends, are committed in any case. None: as the config says, without one "auto".
         keep_clients_log: write clients.jsonl, the bytes of every client in every round; None: as the config says,
             without one no.
+        track: trackers that are given every committed round, see `lamina.export`; None: as the config says, without one
+            none.
+        stop: what ends the run before its last round; None: as the config says, without one nothing.
         progress: show it, or who looks on.
         config: what the federation was built from; without it the folder cannot be resumed by itself.
 
@@ -245,6 +270,14 @@ def fit(
         keep_clients_log = False if config is None else config.run.keep_clients_log
     whole = checkpoint_every == "auto" or (isinstance(checkpoint_every, int) and checkpoint_every >= 1)
     expect(whole, f"checkpoint_every={checkpoint_every}: expected 'auto' or a whole number >= 1")
+    if fed.privacy is not None and fed.privacy.dp.noise_seed == "system":
+        checkpoint_every = 1  # a round that is made again has other noise, and counts again: at most one may be lost
+    if track is None:
+        track = () if config is None else config.run.track
+    if stop is None:
+        stop = Stop() if config is None else Stop(**config.stop.model_dump())
+    expect_known(track)
+    expect_installed(track, "track" if config is None else config.origin("run.track"))
     title = method_title(fed.method) if config is None else config.method_title
     if out is not None and (Path(out) / "run.json").exists():
         raise StorageError(
@@ -261,6 +294,8 @@ def fit(
             "evaluate_every": evaluate_every,
             "checkpoint_every": checkpoint_every,
             "keep_clients_log": keep_clients_log,
+            "track": list(track),
+            "stop": {key: value for key, value in dataclasses.asdict(stop).items() if value is not None},
         }
         book = Book(folder, _fresh_info(fed, rounds, options, config, title))
         with storing(folder):
@@ -274,25 +309,36 @@ def fit(
             for log in book.logs:
                 (folder / log).write_bytes(b"")
             book.save()
+            checkpoint.sync(folder)
+            for above in list(folder.absolute().parents)[:2]:  # they may have been made for it
+                with contextlib.suppress(OSError):  # they are not ours, and need not be readable
+                    checkpoint.sync(above)
         return _drive(fed, book, Run(folder, book.info, [], fed, None), rounds, _watcher(progress))
 
 
 def resume(
-    path: str | Path, rounds: int | None = None, *, fed: Federation | None = None, progress: bool | Watcher = True
+    path: str | Path,
+    rounds: int | None = None,
+    *,
+    keys: Sequence[str] = (),
+    fed: Federation | None = None,
+    progress: bool | Watcher = True,
 ) -> Run:
     """Goes on with a run from its newest good checkpoint, as if it had never stopped.
 
     Args:
         rounds: in total; None: as many as it was to have.
+        keys: `key=value` over the run's config, of those in `lamina.config.CHANGEABLE`.
         fed: for a run that was not made from a config.
 
     Raises:
         StorageError: E403 no run, E404 nothing whole to go on from, E405 another config, model, engine or other data,
-            E406 it is running now.
+            or a key that cannot change, E406 it is running now.
     """
     folder = Path(path)
     run = Run(folder, read_info(folder), [], fed, None)
-    total = run.info["rounds"] if rounds is None else rounds
+    changed = changes(folder, keys)
+    total = changed.get("rounds", run.info["rounds"]) if rounds is None else rounds
     done = run.info["rounds_done"]
     whole = isinstance(total, int) and total >= 1
     expect(whole, f"rounds={total!r}: expected a whole number >= 1", code="E103", where="rounds")
@@ -300,11 +346,14 @@ def resume(
         expect(total == done, f"rounds={total}: this run has done {done}", code="E103", where="rounds")
         return Run.open(folder, fed=fed)
     with locked(folder):
-        config = None if fed is not None else run._config()
+        config = None if fed is not None else run._config(keys)
         fed, warning = _as_it_began(run, config, total)
         state, lengths, passed = restore(folder, fed, run.info["lengths"])
+        more = "stopped" in run.info  # whoever goes on with a run that ended early wants more than ended it
         info = run.info | {"rounds": total, "status": "running", "lengths": lengths, "error": None, "exit_code": None}
+        info.pop("stopped", None)
         info |= {"rounds_done": state.round if state else 0, "final_sha256": None}
+        info["options"] = _options(info["options"], changed)
         info |= {"engine": fed.engine, "workers": fed.workers, "cores": cores()}
         info |= {"bytes_up": state.bytes_up if state else 0, "bytes_down": state.bytes_down if state else 0}
         info["engine_reason"] = run.info.get("engine_reason") if fed.engine == run.info["engine"] else "same bits"
@@ -314,7 +363,7 @@ def resume(
         again = Run(folder, info, records, fed, state)
         del state  # `again` takes the next ones in its place, so that its rows can go
         info |= {"best": result(again.best), "final": result(again.final)}
-        book = Book(folder, info, again.best)
+        book = Book(folder, info, again.best, _kept(again))
         fed.store.shelf.claim()
         with storing(folder):
             book.save()
@@ -322,8 +371,7 @@ def resume(
             for log, length in lengths.items():
                 os.truncate(folder / log, length)
             if (folder / "config.toml").is_file():
-                text = (folder / "config.toml").read_text(encoding="utf-8")
-                replace(folder / "config.toml", _with_rounds(text, total).encode())
+                _rewrite_config(folder / "config.toml", changed | {"rounds": total})
         watcher = _watcher(progress)
         for damaged in passed:
             book.event({"event": "passed over", "code": "E404", "message": f"{damaged} is damaged"})
@@ -333,7 +381,69 @@ def resume(
             watcher.note(warning)
         at = info["rounds_done"]
         book.event({"event": "resumed", "round": at, "torch": mkl.label()})
-        return _drive(fed, book, again, total - at, watcher)
+        return _drive(fed, book, again, total - at, watcher, more)
+
+
+def changes(path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Key -> value, of `key=value` for a run that has begun. Raises StorageError E405 for one that cannot change."""
+    from lamina.config import CHANGEABLE, may_change
+
+    folder = Path(path)
+    run = Run(folder, read_info(folder), [], None, None)
+
+    def refuse(key: str, number: int, why: str = "", remedy: str | None = None) -> StorageError:
+        message = f"{key} cannot change in a run that has begun{why}"
+        return StorageError(message, code="E405", where=f"command line, argument {number}", remedy=remedy)
+
+    if not keys:
+        return {}
+    for number, argument in enumerate(keys, start=2):
+        key = argument.partition("=")[0]
+        if not may_change(key):
+            raise refuse(key, number, remedy=f"what can: {', '.join(CHANGEABLE)}")
+    tree = run._config(keys).model_dump(mode="json")
+    found: dict[str, Any] = {}
+    for number, argument in enumerate(keys, start=2):
+        key = argument.partition("=")[0]
+        section, _, name = key.partition(".")
+        found[key] = tree[section][name] if name else tree[section]
+        if key == "run.keep_clients_log" and found[key] != run.info["options"]["keep_clients_log"]:
+            raise refuse(key, number, ": clients.jsonl would lack the rounds before, or those that come")
+    return found
+
+
+def _options(before: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """How the run is kept from here on."""
+    options = {**before, "stop": dict(before.get("stop", {}))}
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        if section == "run" and (name in options or name == "track"):
+            options[name] = value
+        elif section == "stop":
+            options["stop"][name] = value
+    stop = dataclasses.asdict(Stop(**options["stop"]))
+    return options | {"stop": {name: value for name, value in stop.items() if value is not None}}
+
+
+def _kept(run: Run) -> Row | None:
+    """The best of those rounds after which there is a checkpoint."""
+    done = [int(place.name.rpartition("-")[2]) for place in checkpoint.committed(run.path / "checkpoints")]
+    return best_of([run.records[n - 1] for n in done if 0 < n <= len(run.records)], run.personal)
+
+
+def _rewrite_config(place: Path, values: Mapping[str, Any]) -> None:
+    """config.toml with other values for these keys, where they are others."""
+    from lamina.config import literal, load
+    from lamina.settings import with_values
+
+    tree = load(place, env={}).model_dump(mode="json")
+    other: dict[tuple[str, ...], str] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        if value != (tree[section][name] if name else tree[section]):
+            other[tuple(key.split("."))] = literal(value)
+    if other:
+        replace(place, with_values(place.read_text(encoding="utf-8"), other, "lamina resume").encode())
 
 
 def rebuilt(run: Run) -> tuple[Federation, str | None]:
@@ -353,6 +463,7 @@ def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federatio
     recorded = read_environment(folder)
     if config is not None and "config" in recorded:
         before, after = recorded["config"], json.loads(json.dumps(config.fixed))
+        after = {k: v for k, v in after.items() if k in before or config.origin(k) != "default"}  # new in this lamina
         other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
         if other:
             raise refuse(
@@ -402,32 +513,21 @@ def _starting(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if empty and not (folder / "run.json").exists():
-            link = folder.parent.parent / "latest"
-            with contextlib.suppress(OSError):
-                if link.is_symlink() and link.resolve() == folder.resolve():
-                    link.unlink()
-            shutil.rmtree(folder, ignore_errors=True)
+        if empty:
+            discard(folder)
         raise
-
-
-def _with_rounds(text: str, total: int) -> str:
-    """A written config with another number of rounds. A part may take `rounds` too: those stand below the head."""
-    head, table, parts = text.partition("\n[")
-    head = re.sub(rf"(?m)^rounds = (?!{total}\b)\d+( *)(?:#.*)?$", rf"rounds = {total}\1# lamina resume", head)
-    return head + table + parts
 
 
 def new_folder(experiment: str, method: str, root: str | Path | None = None) -> Path:
     """Makes runs/<experiment>/<NNN>-<method> with the next free number, and points runs/latest at it."""
     top = runs_root(root)
-    parent = top / re.sub(r"[^A-Za-z0-9._-]+", "-", experiment).strip(".-")
+    parent = experiment_folder(experiment, top)
     with storing(parent):
         parent.mkdir(parents=True, exist_ok=True)
         taken = [int(p.name[:3]) for p in parent.iterdir() if re.match(r"\d{3}-", p.name)]
         number = max(taken, default=0) + 1
         while True:
-            folder = parent / f"{number:03d}-{method}"
+            folder = parent / f"{number:03d}-{_as_name(method)}"
             try:
                 folder.mkdir()
                 break
@@ -438,6 +538,26 @@ def new_folder(experiment: str, method: str, root: str | Path | None = None) -> 
         link.symlink_to(folder.relative_to(top), target_is_directory=True)
         link.replace(top / "latest")
     return folder
+
+
+def experiment_folder(experiment: str, top: Path) -> Path:
+    return top / (_as_name(experiment.replace("+", "-")).strip(".-") or "experiment")
+
+
+def _as_name(text: str) -> str:
+    """Within one folder, whatever somebody has called it."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text)[:100]
+
+
+def discard(folder: Path) -> None:
+    """Takes away a new folder in which no run has begun, and `latest` with it."""
+    if (folder / "run.json").exists():
+        return
+    link = folder.parent.parent / "latest"
+    with contextlib.suppress(OSError):
+        if link.is_symlink() and link.resolve() == folder.resolve():
+            link.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def runs_root(root: str | Path | None = None) -> Path:
@@ -462,79 +582,109 @@ def codec_title(codec: Any) -> str:
 # ---- the rounds
 
 
-def _drive(fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher) -> Run:
-    records = run.records
-    options = book.info["options"]
-    every = options["checkpoint_every"]
-    watcher.begin(run, fed)
-    hold, total = fed.method.hold, book.info["rounds"]
-    if fed.method.compensates and fed.uplink.lossless:
-        title, codec = method_title(fed.method), codec_title(fed.uplink)
-        watcher.note(f"{title} sends later what the uplink loses, and {codec} loses nothing: try uplink=topk:0.02")
-    if total % hold:
-        watcher.note(f"rounds={total} is no multiple of {hold}: the run may end with layers waiting")
-    with _Interrupts() as interrupts:
-        try:
-            if rounds:
-                going = fed.run(rounds, run._state, evaluate_every=options["evaluate_every"])
-                with contextlib.closing(cast("Generator[tuple[State, RoundRecord]]", going)):
-                    for state, record in going:
-                        row = book.round(state, record, records[-1] if records else None)
-                        records.append(row)
-                        run._state = state
-                        watcher.round(row)
-                        for event in record.events:
-                            watcher.note(_told(event, record))
-                        last = state.round == total
-                        if interrupts.asked or last or book.due(every, state.round):
-                            book.commit(state)
-                        if interrupts.asked and not last:
-                            break
-            interrupted = book.info["rounds_done"] < total
-            code = interrupts.exit_code if interrupted else 0
-            book.finish(fed, run._state, "interrupted" if interrupted else "done", code)
-        except KeyboardInterrupt:
-            book.fail("interrupted", interrupts.exit_code, "interrupted")
-            raise
-        except StorageError as error:
-            book.fail("failed", error.exit_code, str(error))
-            raise
-        except LaminaError as error:
-            book.last_words(run._state)
-            if interrupts.asked and error.code == "E303":  # the signal went to the worker processes too
-                book.fail("interrupted", interrupts.exit_code, "interrupted")
-                raise Interrupted(run) from error
-            book.fail("failed", error.exit_code, str(error))
-            raise
-        except Exception as error:
-            book.last_words(run._state)
-            with contextlib.suppress(OSError):
-                (book.folder / "crash.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            book.fail("failed", 4, f"{type(error).__name__}: {error}")
-            error.add_note(f"the run is {book.folder}, with this error in its crash.txt")
-            raise
-        finally:
-            del records[book.info["rounds_done"] :]  # what is shown is what is committed
-            watcher.end(run)
+def _drive(fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher, more: bool = False) -> Run:
+    """The rounds, into the folder.
+
+    Args:
+        more: what its last round has reached was known before, and does not end the run again.
+    """
+    with Interrupts() as interrupts:
+        _rounds(fed, book, run, rounds, watcher, more, interrupts)
     if book.info["status"] == "interrupted":
         raise Interrupted(run)
     return run
 
 
+def _rounds(
+    fed: Federation, book: Book, run: Run, rounds: int, watcher: Watcher, more: bool, interrupts: Interrupts
+) -> None:
+    records = run.records
+    options = book.info["options"]
+    every = options["checkpoint_every"]
+    watcher.begin(run, fed)
+
+    def lost(tracker: str, why: str) -> None:
+        book.event({"event": "tracker failed", "tracker": tracker, "message": why})
+        watcher.note(hidden(f"{tracker} failed and is told nothing more: {why}"))
+
+    trackers = Trackers(book.folder, options.get("track", ()), book.info, lost)
+    hold, total = fed.method.hold, book.info["rounds"]
+    stop = Stop(**options.get("stop", {}))
+    passed = stop.reached(records[-1], run.personal, book.seconds) if records else {}
+    stopped = "" if more else " · ".join(passed.values())  # it was killed when it had just come to its end
+    if fed.method.compensates and fed.uplink.lossless:
+        title, codec = method_title(fed.method), codec_title(fed.uplink)
+        watcher.note(f"{title} sends later what the uplink loses, and {codec} loses nothing: try uplink=topk:0.02")
+    if total % hold:
+        watcher.note(f"rounds={total} is no multiple of {hold}: the run may end with layers waiting")
+    try:
+        if rounds and not stopped:
+            going = fed.run(rounds, run._state, evaluate_every=options["evaluate_every"])
+            with contextlib.closing(cast("Generator[tuple[State, RoundRecord]]", going)):
+                for state, record in going:
+                    row = book.round(state, record, records[-1] if records else None)
+                    records.append(row)
+                    run._state = state
+                    watcher.round(row)
+                    for event in record.events:
+                        watcher.note(hidden(_told(event, record)))
+                    reached = stop.reached(row, run.personal, book.seconds)
+                    stopped = " · ".join(said for name, said in reached.items() if name not in passed)
+                    last = state.round == total or bool(stopped)
+                    if interrupts.asked or last or book.due(every, state.round):
+                        book.commit(state)
+                        trackers.feed()
+                    if stopped or (interrupts.asked and not last):
+                        break
+        if stopped:
+            book.info["stopped"] = stopped
+            watcher.note(f"stopped after round {book.info['rounds_done'] - 1}: {stopped}")
+        interrupted = book.info["rounds_done"] < total and not stopped
+        code = interrupts.exit_code if interrupted else 0
+        trackers.close()
+        book.finish(fed, run._state, "interrupted" if interrupted else "done", code)
+    except KeyboardInterrupt:
+        book.fail("interrupted", interrupts.exit_code, "interrupted")
+        raise
+    except StorageError as error:
+        book.fail("failed", error.exit_code, str(error))
+        raise
+    except LaminaError as error:
+        book.last_words(run._state)
+        if interrupts.asked and error.code == "E303":  # the signal went to the worker processes too
+            book.fail("interrupted", interrupts.exit_code, "interrupted")
+            raise Interrupted(run) from error
+        book.fail("failed", error.exit_code, str(error))
+        raise
+    except Exception as error:
+        book.last_words(run._state)
+        with contextlib.suppress(OSError):
+            replace(book.folder / "crash.txt", hidden(traceback.format_exc()).encode(errors="replace"))
+        book.fail("failed", 4, f"{type(error).__name__}: {error}")
+        error.add_note(f"the run is {book.folder}, with this error in its crash.txt")
+        raise
+    finally:
+        del records[book.info["rounds_done"] :]  # what is shown is what is committed
+        trackers.close()
+        watcher.end(run)
+
+
 def _told(event: Mapping[str, str], record: RoundRecord) -> str:
-    what = f"{event['layer']} has {event['message']}" if "layer" in event else f"{event['why']}: {event['message']}"
-    return f"round {record.round}: client {event['client']}: {what}  {event['code']}"
+    what = ": ".join(event[key] for key in ("layer", "why", "message") if key in event)
+    who = f"client {event['client']}: " if event["client"] else ""
+    return f"round {record.round}: {who}{what}  {event['code']}"
 
 
-class _Interrupts:
+class Interrupts:
     """Ctrl-C once is a wish, twice an order; SIGTERM and SIGHUP, where nobody else handles or ignores them, are a wish
     too. Only in the main thread, where signals arrive."""
 
     def __init__(self) -> None:
         self.asked = False
         self.exit_code = 130
+        self._pipe: tuple[int, ...] = ()
 
-    def __enter__(self) -> _Interrupts:
+    def __enter__(self) -> Interrupts:
         self._process = os.getpid()
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
@@ -542,17 +692,37 @@ class _Interrupts:
                 number = getattr(signal, name, None)
                 if number is not None and (name == "SIGINT" or signal.getsignal(number) == signal.SIG_DFL):
                     self._before[number] = signal.signal(number, self._press)
+            if self._before and sys.platform != "win32":
+                self._pipe = os.pipe()
+                for end in self._pipe:
+                    os.set_blocking(end, False)
+                self._woken = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._pipe:
+            signal.set_wakeup_fd(self._woken)
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = ()
         for number, before in self._before.items():
             signal.signal(number, before)
+
+    def _presses(self) -> int:
+        """How often Ctrl-C was pressed since this was asked before: during a long step Python makes one call of many.
+        Workers, which have the same pipe, ignore that signal."""
+        try:
+            return os.read(self._pipe[0], 4096).count(signal.SIGINT) if self._pipe else 1
+        except BlockingIOError:
+            return 1
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker process: it ends with its parent
         self.exit_code = 128 + number
-        if self.asked:
+        again = self._presses() > 1
+        if self.asked or again:
+            self.asked = True
             raise KeyboardInterrupt
         self.asked = True
         with contextlib.suppress(OSError):  # not `print`: this may have interrupted one
@@ -575,6 +745,7 @@ def _fresh_info(
         "method_repr": repr(fed.method),
         "uplink": codec_title(fed.uplink),
         "downlink": codec_title(fed.downlink),
+        "aggregate": fed.aggregate,
         "personal": "personal" in (fed.method.withholds or ""),
         "data": fed.data.name,
         "partition": fed.data.partition,
@@ -593,6 +764,8 @@ def _fresh_info(
         "workers": fed.workers,
         "cores": cores(),
         "tested": fed.data.test is not None,
+        "privacy": None if fed.privacy is None else fed.privacy.facts,
+        "secure": None if fed.secure is None else dataclasses.asdict(fed.secure),
         "options": options,
         "rounds": rounds,
         "rounds_done": 0,
@@ -613,69 +786,3 @@ def _watcher(progress: bool | Watcher) -> Watcher:
     if isinstance(progress, bool):
         return Terminal() if progress else Quiet()
     return progress
-
-
-# ---- comparing
-
-
-def compare(runs: Sequence[Run], *, force: bool = False) -> list[dict[str, Any]]:
-    """A row per run: accuracy in rounds in sync, bytes, and how many times fewer than the first.
-
-    A run on pooled data (centralised) may stand beside any on the same examples. `accuracy` is that of the clients' own
-    models where `personal` says so.
-
-    Raises:
-        ConfigError: E109 when the runs are of different splits, unless `force`.
-    """
-    first = runs[0]
-    split = next((run for run in runs if run.info["partition"] != POOLED), first)
-    for run in () if force else runs:
-        pooled = run.info["partition"] == POOLED
-        moved = not pooled and run.info["split_sha256"] != split.info["split_sha256"]
-        what = "another split" if moved else "other examples"
-        if moved or run.info["pool_sha256"] != split.info["pool_sha256"]:
-            raise ConfigError(
-                f"{run.path.name} has {what} than {split.path.name}: accuracies are not comparable",
-                code="E109",
-                where=str(run.path),
-                remedy="give them the same data.name, clients, partition and data.seed; or --force",
-            )
-    rows = []
-    base = first.info["bytes_up"] + first.info["bytes_down"]
-    for run in runs:
-        info, final, best = run.info, run.final, run.best
-        total = info["bytes_up"] + info["bytes_down"]
-        codec = info["uplink"] if info["downlink"] == "fp32" else f"{info['uplink']} / {info['downlink']}"
-        rows.append(
-            {
-                "run": str(run.path),
-                "method": info["method"],
-                "codec": codec,
-                "status": info["status"],
-                "rounds": info["rounds_done"],
-                "accuracy": final and standing(final, run.personal),
-                "loss": final and final.loss,
-                "accuracy_round": final and final.round,
-                "best": best and standing(best, run.personal),
-                "best_round": best and best.round,
-                "personal_accuracy": final and final.personal_accuracy,
-                "personal": run.personal,
-                "bytes_up": info["bytes_up"],
-                "bytes_down": info["bytes_down"],
-                "bytes_total": total,
-                "vs_first": base / total if total else None,
-                "up_vs_first": info["bytes_up"] / first.info["bytes_up"] if first.info["bytes_up"] else None,
-                "seconds": info["seconds"],
-                "partition": info["partition"],
-                "split_sha256": info["split_sha256"],
-                "pool_sha256": info["pool_sha256"],
-                "initial_sha256": info["initial_sha256"],
-                "final_sha256": info["final_sha256"],
-                "torch": info["torch"],
-                "engine": info["engine"],
-                "bits": f"threads on {info.get('cores')} cores"
-                if info["engine"] == "threads"
-                else bits(info["engine"]),
-            }
-        )
-    return rows

@@ -20,9 +20,15 @@ from typing import Any
 from lamina.entry import anchored, is_entry
 from lamina.errors import ConfigError, meant
 
-PARTS = ("model", "data", "method", "uplink", "downlink")  # sections that name something
-SECTIONS = (*PARTS, "local", "run", "faults", "stop", "network", "metrics")
-_OWN_VARIABLES = ("LAMINA_RUNS", "LAMINA_OFFLINE", "LAMINA_DATA", "LAMINA_MKL")  # of the environment, not keys
+PARTS = ("model", "data", "method", "uplink", "downlink", "aggregate")  # sections that name something
+SECTIONS = (*PARTS, "local", "run", "faults", "stop", "network", "privacy", "secure", "sign", "metrics")
+_OWN_VARIABLES = (
+    "LAMINA_RUNS",
+    "LAMINA_OFFLINE",
+    "LAMINA_DATA",
+    "LAMINA_MKL",
+    "LAMINA_KEY",
+)  # of the environment, not keys
 
 Key = tuple[str, ...]  # ("method", "phi"), or ("method", "0", "phi") in a chain
 Values = dict[Key, tuple[Any, str]]  # key -> value, origin
@@ -131,6 +137,22 @@ def _lines(text: str) -> dict[Key, int]:
         elif key := re.match(r"\s*([A-Za-z0-9_.\-\s\"']+?)\s*=", line):
             found.setdefault((*table, *_keys(key[1])), number)
     return found
+
+
+def with_values(text: str, values: Mapping[Key, str], why: str) -> str:
+    """A TOML text with other values for these keys, written as TOML, each with a comment that says why."""
+    lines = text.splitlines()
+    for path, value in values.items():
+        places = _lines("\n".join(lines))
+        said = f"{path[-1]} = {value}"
+        if path in places:
+            width = max(len(lines[places[path] - 1].partition("#")[0].rstrip()), len(said))
+            lines[places[path] - 1] = f"{said:<{width}}  # {why}"
+            continue
+        if path[:-1] and path[:-1] not in places:
+            lines += ["", f"[{'.'.join(path[:-1])}]"]
+        lines.insert(places.get(path[:-1], len(lines)) if path[:-1] else 0, f"{said}  # {why}")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _keys(dotted: str) -> Key:

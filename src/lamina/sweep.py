@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 import sys
+import traceback
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +27,12 @@ from lamina.errors import ConfigError, LaminaError, RunError, StorageError, expe
 from lamina.federation import Federation
 from lamina.folder import read_environment, read_info, standing
 from lamina.jobs import Job, follow, going
+from lamina.redaction import hidden
 from lamina.runs import Run, Watcher
 from lamina.settings import Values, collect
 from lamina.terminal import Fetching, Quiet
 
-DIVERGED = "E310"  # no message of a round could be used: a result of its settings
+DIVERGED = ("E310", "E312")  # no message of a round could be used: a result of its settings
 Told = Callable[[dict[str, Any]], None]
 
 
@@ -255,8 +257,11 @@ def main() -> None:
     except runs.Interrupted as stop:
         raise SystemExit(stop.exit_code) from stop
     except LaminaError as error:
-        print(error, file=sys.stderr)
+        print(hidden(str(error)), file=sys.stderr)
         raise SystemExit(error.exit_code) from error
+    except Exception as error:
+        print(hidden(traceback.format_exc()), file=sys.stderr)
+        raise SystemExit(1) from error
 
 
 def federation(config: Config) -> Federation:
@@ -293,7 +298,7 @@ def run_once(folder: Path, config: Config, watcher: Watcher, make: Callable[[Con
             return runs.resume(folder, progress=watcher)
         return runs.fit(make(config), config.rounds, folder, progress=watcher, config=config)
     except RunError as error:
-        if error.code != DIVERGED:
+        if error.code not in DIVERGED:
             raise
         watcher.note(f"diverged, which is a result: {error.message}")
         return Run.open(folder)

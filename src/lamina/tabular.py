@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,14 +9,36 @@ from typing import Any
 
 from lamina.terminal import Column
 
-_FORMULA = "=+-@\t\r\n\uff1d\uff0b\uff0d\uff20"  # what a spreadsheet takes a cell for that begins so
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+_UNSEEN = (  # blanks, control characters, what says how to set others
+    "\\s\\x00-\\x1f\\x7f-\\x9f\\xad\\u061c\\u180e\\u200b-\\u200f\\u202a-\\u202e\\u2060-\\u206f\\ufeff\\ufff9-\\ufffb"
+)
+# where a spreadsheet that begins cells there would take what follows for a formula
+_FORMULA = re.compile(f"(^|[;|\t\r\n])(?=[{_UNSEEN}]*[=+\\-@\uff1d\uff0b\uff0d\uff20])|^(?=[\t\r\n])")
+_APART = re.compile('[,;|"\t\r\n]')  # some spreadsheets begin a cell at one of these
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+    "[": "{[}", "*": "{*}",  # behind the end of a row these would be its options
+}  # fmt: skip
 
 
 def markdown(columns: Sequence[Column]) -> list[str]:
     lines = [[c.title for c in columns], *zip(*(c.cells for c in columns), strict=True)]
-    texts = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
+    texts = ["| " + " | ".join(map(_marked, cells)) + " |" for cells in lines]
     return [texts[0], "|" + "".join(" --- |" if c.left else " ---: |" for c in columns), *texts[1:]]
+
+
+def _marked(text: str) -> str:
+    """Within its cell, and neither a picture nor HTML."""
+    return re.sub(r"[\\|<]|(?<=!)\[", lambda found: f"\\{found[0]}", _seen(text))
+
+
+def _plain(text: str) -> str:
+    """On one line, with single blanks."""
+    return " ".join(_seen(text).split())
+
+
+def _seen(text: str) -> str:
+    return re.sub(f"[{_UNSEEN}]", " ", text)
 
 
 def latex(columns: Sequence[Column], bold: Collection[tuple[int, int]] = (), notes: Iterable[str] = ()) -> list[str]:
@@ -46,29 +66,29 @@ def latex(columns: Sequence[Column], bold: Collection[tuple[int, int]] = (), not
         *(line(shown(i, row) for i in range(len(columns))) for row in rows),
         r"  \bottomrule",
         r"\end{tabular}",
-        *(f"% {' '.join(note.split())}" for note in notes),
+        *(f"% {_plain(note)}" for note in notes),
     ]
 
 
 def escaped(text: str) -> str:
     """As LaTeX sets it letter by letter."""
-    return re.sub(
-        r"[\\~^±&%$#_{}]", lambda found: _LATEX.get(found[0], f"\\{found[0]}"), " ".join(text.split()) or text
-    )
+    return re.sub(r"[\\~^±&%$#_{}\[*]", lambda found: _LATEX.get(found[0], f"\\{found[0]}"), _plain(text))
 
 
 def commas(rows: Iterable[Mapping[str, Any]], keys: Sequence[str]) -> str:
     """Numbers with all their digits; lists separated by blanks; nothing for None."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)  # lines end as in RFC 4180, so that a lone end of line in a text is quoted
-    writer.writerow([inert(key) for key in keys])
-    writer.writerows([_cell(row.get(key)) for key in keys] for row in rows)
-    return text.getvalue()
+    lines = [[inert(key) for key in keys], *([_cell(row.get(key)) for key in keys] for row in rows)]
+    return "".join((",".join(map(_quoted, cells)) or '""') + "\r\n" for cells in lines)  # as in RFC 4180
+
+
+def _quoted(cell: Any) -> str:
+    text = str(cell)
+    return '"' + text.replace('"', '""') + '"' if _APART.search(text) else text
 
 
 def inert(text: str) -> str:
-    """A text that no spreadsheet takes for a formula: behind an apostrophe, where it begins like one."""
-    return f"'{text}" if text.lstrip(" ")[:1] in tuple(_FORMULA) else text
+    """A text that no spreadsheet takes for a formula: behind an apostrophe, where it or a part of it begins so."""
+    return _FORMULA.sub(r"\1'", text)
 
 
 def _cell(value: Any) -> Any:

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -78,6 +78,11 @@ def share(x: float | None) -> str:
     return "-" if x is None else f"{x:.4f}" if abs(x) < 1e5 else f"{x:.4g}"
 
 
+def spread(mean: float | None, deviation: float | None) -> str:
+    """ "0.7841 ± 0.0031"."""
+    return share(mean) + ("" if mean is None or deviation is None else f" ± {share(deviation)}")
+
+
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -135,74 +140,6 @@ def fields(pairs: Sequence[tuple[str, str]], width: int | None) -> list[str]:
 # ---- a run as tables
 
 
-def comparison(rows: Sequence[dict[str, Any]], width: int | None) -> list[str]:
-    """The table of `lamina.runs.compare`, and what is common to its runs."""
-    columns, same = compared(rows)
-    return [*table(columns, width), *fields([("", same)], width)]
-
-
-def markdown(columns: Sequence[Column]) -> list[str]:
-    lines = [[c.title for c in columns], *zip(*(c.cells for c in columns), strict=True)]
-    texts = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in lines]
-    return [texts[0], "|" + "".join(" --- |" if c.left else " ---: |" for c in columns), *texts[1:]]
-
-
-def compared(rows: Sequence[dict[str, Any]]) -> tuple[list[Column], str]:
-    """The columns of `comparison`, and the line below them."""
-    folders = [row["run"].rstrip("/").replace("\\", "/").split("/") for row in rows]
-    plain = len({parts[-2:-1] and parts[-2] for parts in folders}) == 1
-    names = [parts[-1].split("-")[0] if plain else "/".join(parts[-2:]) for parts in folders]
-    if len(set(names)) < len(names):
-        names = [row["run"] for row in rows]
-    accuracy = any(row["accuracy"] is not None for row in rows)
-    number = "accuracy" if accuracy else "loss"
-    times = [row["vs_first"] for row in rows]
-    ups = [row["up_vs_first"] for row in rows]
-    columns = [
-        Column("run", names, left=True),
-        Column("method", [row["method"] for row in rows], left=True),
-        Column("codec", [row["codec"] for row in rows], 3, left=True),
-        Column("acc" if accuracy else "loss", [share(row[number]) for row in rows]),
-        Column("@round", [str(row["accuracy_round"]) if row[number] is not None else "-" for row in rows], 9),
-        Column("best", [share(row["best"]) for row in rows], 5),
-        Column("up", sizes([row["bytes_up"] for row in rows])),
-        Column("down", sizes([row["bytes_down"] for row in rows]), 4),
-        Column("total", sizes([row["bytes_total"] for row in rows]), 2),
-        Column("up vs first", ["-" if x is None else f"{100 * x:.1f} %" for x in ups], 6),
-        Column(f"vs {names[0]}" if plain else "vs first", ["-" if x is None else f"{x:.2f}x" for x in times], 1),
-        Column("time", [clock(row["seconds"]) for row in rows], 8),
-    ]
-    lengths = sorted({row["rounds"] for row in rows})
-    if len(lengths) > 1:
-        columns.insert(3, Column("rounds", [str(row["rounds"]) for row in rows], 6))
-    if any(row["personal_accuracy"] is not None and not row["personal"] for row in rows):
-        columns.insert(
-            7 if len(lengths) > 1 else 6, Column("personal", [share(row["personal_accuracy"]) for row in rows], 7)
-        )
-    if any(row["status"] != "done" for row in rows):
-        columns.append(Column("status", [row["status"] for row in rows], 7, left=True))
-    pooled = [name for name, row in zip(names, rows, strict=True) if row["partition"] == "pooled"]
-    personal = [name for name, row in zip(names, rows, strict=True) if row["personal"]]
-    split = [row for row in rows if row["partition"] != "pooled"] or rows
-    alike = len({(row["split_sha256"], row["pool_sha256"]) for row in split}) == 1
-    same = [f"same split yes ({str(split[0]['split_sha256'])[:4]})" if alike else "same split NO"]
-    if pooled:
-        same.append(f"same examples {_same(rows, 'pool_sha256')}")
-    words = (("init", "initial_sha256"), ("torch", "torch"), ("engine", "bits"))
-    same += [f"same {word} {_same(rows, key)}" for word, key in words]
-    if len(lengths) > 1:
-        same.append(f"same rounds NO ({', '.join(map(str, lengths))})")
-    if pooled:
-        same.append(f"{', '.join(pooled)}: pooled, one client with all examples")
-    if personal:
-        same.append(f"{', '.join(personal)}: acc is the mean of the clients' own models")
-    return columns, " · ".join(same)
-
-
-def _same(rows: Sequence[dict[str, Any]], key: str) -> str:
-    return "yes" if len({row[key] for row in rows}) == 1 else "NO"
-
-
 _CLIENTS_SHOWN = 20
 
 
@@ -241,6 +178,10 @@ def split_lines(split: dict[str, Any], width: int | None) -> list[str]:
 _ROUNDS_SHOWN = 10
 
 
+def _seconds(seconds: float) -> str:
+    return clock(seconds) if seconds >= 60 else f"{seconds:.1f} s"
+
+
 def summary(run: Run, width: int | None = 96) -> str:
     rows = run.records
     step = max(1, -(-len(rows) // _ROUNDS_SHOWN))
@@ -274,7 +215,7 @@ def closing(run: Run, width: int | None) -> list[str]:
         last = run.records[-1]
         said += [f"train loss {share(last.train_loss)} @ {last.round}", "no test set: pass test= to ClientData"]
     if final is not None:
-        said += [f"{name} {share(value)}" for name, value in (final.metrics or {}).items()]
+        said += _measured(final.metrics or {})
     if final is not None and final.personal_accuracy is not None and not run.personal:
         said.append(f"personal {share(final.personal_accuracy)}")
     pairs = [(state, " · ".join(said))]
@@ -285,10 +226,42 @@ def closing(run: Run, width: int | None) -> list[str]:
         if percent == "0.0 %":
             against = "as much as FedAvg fp32"
         pairs.append(("bytes", f"up {info['bytes_up']:,} · down {info['bytes_down']:,} · {against}"))
+        if last.network_seconds is not None:
+            pairs.append(("network", f"{_seconds(last.network_seconds)} on the links of network.*"))
+        if info.get("privacy"):
+            pairs.append(("privacy", _epsilon(last, info["privacy"])))
+        if info.get("stopped"):
+            pairs.append(("stopped", info["stopped"]))
         refused = sum(row.refused for row in run.records)
         if refused:
             pairs.append(("faults", f"{refused} updates not used: events.jsonl"))
     return fields([*pairs, ("saved", str(run.path))], width)
+
+
+def _epsilon(last: Row, privacy: Mapping[str, Any]) -> str:
+    """What the models of a run have cost, and as long as what."""
+    if last.epsilon is None:
+        return "no epsilon: some of the rounds were made without privacy"
+    held = "the seed stays secret" if privacy["noise_seed"] == "run" else "only models are published"
+    return f"epsilon {last.epsilon:.4g} at delta {privacy['delta']:g}, for the models, as long as {held}"
+
+
+def _measured(metrics: Mapping[str, float | None]) -> list[str]:
+    """Metrics in words; one with a value per label by its least and its greatest."""
+    families: dict[str, dict[str, float | None]] = {}
+    for name, value in metrics.items():
+        families.setdefault(name.rpartition("/")[0] or name, {})[name] = value
+    said = []
+    for family, values in families.items():
+        known = {name: value for name, value in values.items() if value is not None}
+        if len(values) == 1 or not known:
+            said += [f"{name} {share(known[name]) if known else 'undefined'}" for name in (*values,)[:1]]
+        else:
+            ends = (min(known, key=known.__getitem__), max(known, key=known.__getitem__))
+            low, high = (f"{share(known[name])} ({name.rpartition('/')[2]})" for name in ends)
+            missing = f", {len(values) - len(known)} undefined" if len(known) < len(values) else ""
+            said.append(f"{family} {low} to {high}{missing}")
+    return said
 
 
 # ---- a run as it goes
@@ -355,6 +328,14 @@ def banner(run: Run, fed: Federation, width: int | None) -> list[str]:
         ("wire", f"up {info['uplink']} · down {info['downlink']}"),
         ("engine", f"{engine} · torch {torch.__version__} · seed {info['seed']}"),
     ]  # fmt: skip
+    if info.get("privacy"):
+        said = info["privacy"]
+        drawn = f"every client is drawn with probability {said['sampling']:g}"
+        pairs.append(("privacy", f"clip {said['clip']:g} · noise {said['noise']:g} · {drawn} · no diagnostics"))
+    if info.get("secure"):
+        said = info["secure"]
+        sums = f"sums of {said['bits']} bits · threshold {said['threshold']:g} · limit {said['limit']:g}"
+        pairs.append(("secure", sums))
     return fields(pairs, width)
 
 

@@ -18,10 +18,17 @@ from lamina.explain import codes
 SOURCE = Path(lamina.__file__).parent
 CODE = re.compile(r"[EWGI]\d{3}")
 ELSEWHERE = {  # code -> why its page cannot show it here; the page says so too
+    "E302": "no error",
     "E305": "a machine that forbids connections to itself",
     "E311": "a Flower node that is stopped",
-    "E312": "a Flower node that sends something else",
     "E313": "a Flower node that has lost its files",
+    "E323": "a Flower node with other settings",
+    "E330": "a Flower node that answers for others",
+    "E331": "no error",
+    "E332": "no error",
+    "E333": "a letter that is sent again",
+    "E334": "a node with another key",
+    "E335": "two runs with one key",
     "E315": "a Flower node without its data",
     "E316": "Flower's programs, a port in use",
     "E406": "two processes",

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 import cases
-from lamina import LocalSGD, checkpoint, wire
+import lamina.robust
+from lamina import Federation, LocalSGD, checkpoint, wire
+from lamina.robust import FLTrust, GeometricMedian, Krum, Median, MultiKrum, TrimmedMean
 
 LOCAL = LocalSGD(lr=0.1, batch_size=8, schedule="warmup:2 cosine")
 
@@ -32,10 +34,59 @@ def test_stopping_after_any_round_changes_nothing(name: str, tmp_path: Path) -> 
     check(lambda: cases.case(name, local=LOCAL), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["errorfeedback", "fedlama", "scaffold", "fedlama, scaffold"])
+ON_DISK = ["errorfeedback", "fedlama", "scaffold", "fedlama, scaffold"]
+
+
+@pytest.mark.parametrize("name", cases.the_rest_slowly(cases.ALL, ON_DISK))
 def test_stopping_changes_nothing_with_clients_on_disk(name: str, tmp_path: Path) -> None:
     store = f"disk:{tmp_path / 'clients'}"
     check(lambda: cases.case(name, local=LOCAL, buffers="keep", store=store), tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("name", cases.CODECS)
+def test_stopping_changes_nothing_with_any_codec(name: str, tmp_path: Path) -> None:
+    check(lambda: cases.case("errorfeedback", local=LOCAL, uplink=cases.CODECS[name]), tmp_path)
+
+
+RULES = {
+    "median": Median,
+    "trimmed": lambda: TrimmedMean(0.2),
+    "krum": lambda: Krum(1),
+    "multikrum": lambda: MultiKrum(1),
+    "geomedian": GeometricMedian,
+    "fltrust": lambda: FLTrust("ann"),
+}
+
+
+def test_every_rule_is_tried() -> None:
+    assert RULES.keys() == lamina.robust.RULES.keys()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_stopping_changes_nothing_under_a_rule(rule: str, tmp_path: Path) -> None:
+    check(lambda: cases.case("fedlama", local=LOCAL, cohort=5, aggregate=RULES[rule]()), tmp_path)
+
+
+@pytest.mark.parametrize("there", ["random:0.6", "day:0.5:3", "file"])
+def test_stopping_changes_nothing_where_clients_come_and_go(there: str, tmp_path: Path) -> None:
+    """From rounds 1 to 3, ann and bob are away: they go on from what they had."""
+    if there == "file":
+        (tmp_path / "there.csv").write_text("client,from,to\nann,0,0\nann,4,9\nbob,0,0\nbob,4,9\n")
+        there = f"file:{tmp_path / 'there.csv'}"
+    check(lambda: cases.case("fedlama, scaffold", local=LOCAL, availability=there), tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["processes", "threads", "stacked"])
+def test_stopping_changes_nothing_with_any_engine(engine: str, tmp_path: Path) -> None:
+    """Each goes on with what it began itself; a stack has two clients."""
+
+    def make() -> Federation:
+        fed = cases.case("fedlama, scaffold", model="small", local=LOCAL, engine=engine, workers=2)
+        if engine == "stacked":
+            fed._stack.width = 2
+        return fed
+
+    check(make, tmp_path)
 
 
 @pytest.mark.parametrize("model", ["odd", "double"])

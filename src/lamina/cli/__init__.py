@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.cli import flower, here, looking, running
+from lamina.cli import chaos, comparing, explaining, flower, here, inspecting, looking, reporting, running, scaffolding
 
 app = typer.Typer(
     name="lamina",
@@ -22,10 +22,18 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (running.run, running.resume, running.demo, running.reproduce, looking.compare, looking.verify):
+for command in (running.run, running.resume, running.demo, running.reproduce, looking.verify):
     app.command()(command)
+app.command()(inspecting.inspect)
+app.command()(chaos.chaos)
 app.command("list")(looking.list_)
+app.command()(comparing.compare)
+app.command()(reporting.report)
+app.command()(comparing.sweep)
+app.command()(comparing.export)
+app.command()(scaffolding.new)
 app.command()(here.doctor)
+app.command()(explaining.explain)
 app.command()(flower.parity)
 app.add_typer(here.app, name="data")
 app.add_typer(flower.app, name="flower")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lamina.errors import ConfigError, LaminaError, StorageError
+from lamina.redaction import hidden
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,7 +39,7 @@ def guarded(command: F) -> F:
         try:
             command(*args, **kwargs)
         except LaminaError as error:
-            print(error, file=sys.stderr)
+            print(hidden(str(error)), file=sys.stderr)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
             print(str(error) or "interrupted", file=sys.stderr)
@@ -51,8 +52,8 @@ def guarded(command: F) -> F:
                 raise
             notes = getattr(error, "__notes__", [])
             if not notes:
-                traceback.print_exc()
-            said = " ".join(str(error).split())[:300]
+                print(hidden(traceback.format_exc()), file=sys.stderr)
+            said = " ".join(hidden(str(error)).split())[:300]
             print(f"E300  {type(error).__name__}: {said}  [{'; '.join(notes) or 'traceback above'}]", file=sys.stderr)
             raise typer.Exit(4) from error
 

@@ -10,6 +10,7 @@ import typer
 
 from lamina.cli.base import Json, NoColor, Quiet, RunDir, find, find_all, guarded, say, watcher_for, written
 from lamina.errors import ConfigError
+from lamina.redaction import hidden
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,7 +117,8 @@ def sweep(
         print(f"{len(done.failed)} of {len(planned)} runs failed", file=sys.stderr)
         for failure in done.failed:
             named = " ".join(f"{key}={value}" for key, value in failure["settings"].items())
-            print(f"! {failure['run'] or named} seed {failure['seed']}: {failure['error']}", file=sys.stderr)
+            said = f"! {failure['run'] or named} seed {failure['seed']}: {failure['error']}"
+            print(hidden(said), file=sys.stderr)
         raise typer.Exit(4)
 
 

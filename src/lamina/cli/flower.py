@@ -48,13 +48,21 @@ def flower_keys(
     ] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="How many SuperNode keys.")] = 2,
     days: Annotated[int, typer.Option("--days", help="For which the certificates hold.")] = 365,
+    sign: Annotated[
+        str | None,
+        typer.Option("--sign", metavar="hmac|ed25519", help="Also keys to sign with: one for all, or one for each."),
+    ] = None,
+    clients: Annotated[
+        list[str] | None,
+        typer.Option("--clients", metavar="NAMES", help="With ed25519: those of a node, such as 0-7; once for each."),
+    ] = None,
     json: Json = False,
     no_color: NoColor = False,
 ) -> None:
     """Make certificates for the server and keys for its nodes: `lamina flower keys keys --host fl.example.org`."""
     from lamina.flower import keys as keyring
 
-    files = keyring.write(folder, host or ["127.0.0.1", "localhost"], nodes, days)
+    files = keyring.write(folder, host or ["127.0.0.1", "localhost"], nodes, days, sign, clients or ())
     written(files, json, no_color)
 
 
@@ -80,8 +88,11 @@ def flower_rehearse(
     from lamina import config as configs
     from lamina import runs, terminal
     from lamina.flower import project, rehearsal
+    from lamina.flower.settings import expect_together
 
     config = configs.load(target, keys or ())
+    if together:
+        expect_together(config)
     out = terminal.console(no_color=no_color)
 
     def see(event: dict[str, Any]) -> None:

@@ -21,18 +21,25 @@ def verify(
     wire: Annotated[
         bool, typer.Option("--wire", help="Make its last rounds once more, every frame through a socket.")
     ] = False,
-    afresh: Annotated[bool, typer.Option("--afresh", help="With --wire: all its rounds.")] = False,
+    replay: Annotated[
+        int | None, typer.Option("--replay", metavar="N", min=1, help="Make N of its rounds once more: the same bits?")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="With --replay: of the draw of these rounds.", min=0)] = 0,
+    afresh: Annotated[bool, typer.Option("--afresh", help="With --wire or --replay: all its rounds.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="With --wire: a line per layer.")] = False,
     run_dir: RunDir = None,
     json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """Whether a run's files agree with each other, and its ledger with what a socket carries."""
+    """Whether a run's files agree with each other, with what a socket carries, and with its rounds made once more."""
     from lamina import runs, terminal
     from lamina import verify as verifying
 
-    if (afresh or layers) and not wire:
-        raise ConfigError(f"{'--afresh' if afresh else '--layers'} is of --wire", where="command line")
+    if layers and not wire:
+        raise ConfigError("--layers is of --wire", where="command line")
+    if (afresh and not (wire or replay)) or (seed and not replay):
+        said = "--afresh is of --wire and --replay" if afresh else "--seed is of --replay"
+        raise ConfigError(said, where="command line")
     folder = find(path, runs.runs_root(run_dir))
     out = terminal.console(no_color=no_color)
     width = terminal.width_of(out)
@@ -44,14 +51,23 @@ def verify(
             terminal.emit({"event": "file", **check._asdict()})
     else:
         say(out, verifying.files_table(checks, width))
+
+    def note(text: str) -> None:
+        if json:
+            terminal.emit({"event": "note", "text": text})
+        else:
+            say(out, ["", f"  {text}"])
+
+    if replay is not None:
+        replayed = verifying.replay(folder, replay, seed=seed, afresh=afresh, say=note)
+        code = code if problems else "E408"
+        problems += replayed.problems
+        if json:
+            for event in replayed.events():
+                terminal.emit(event)
+        else:
+            say(out, verifying.replay_table(replayed, width))
     if wire:
-
-        def note(text: str) -> None:
-            if json:
-                terminal.emit({"event": "note", "text": text})
-            else:
-                say(out, ["", f"  {text}"])
-
         resent = verifying.resend(folder, afresh=afresh, say=note)
         code = code if problems else "E407"
         problems += resent.problems
@@ -68,7 +84,7 @@ def verify(
         raise StorageError(f"{problems[0]}{more}", code=code, where=str(folder))
 
 
-LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "recipes", "runs")
+LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "rules", "recipes", "runs")
 
 
 @guarded
@@ -123,7 +139,7 @@ def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
     else:
         from lamina import config as configs
 
-        section = {"methods": "method", "codecs": "uplink", "models": "model"}[what]
+        section = {"methods": "method", "codecs": "uplink", "models": "model", "rules": "aggregate"}[what]
         rows = []
         for name, thing in configs.catalogue(section).items():
             defaults = {key: taken.default for key, taken in configs.arguments_of(section, thing).items()}

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lamina.cli import inspecting
 from lamina.cli.base import Json, Keys, NoColor, Quiet, RunDir, find, guarded, say, watcher_for
-from lamina.errors import ConfigError, StorageError
+from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +24,9 @@ def run(
     show_config: Annotated[
         str | None, typer.Option("--show-config", metavar="all|changed", help="Print the config and stop.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Forecast bytes, time and memory from a few real rounds, and stop.")
+    ] = False,
     run_dir: RunDir = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -38,11 +42,19 @@ def run(
 
     config = configs.load(target, keys or ())
     out = terminal.console(no_color=no_color)
+    if config.budget is not None:
+        config = _fitted(config, out, json, quiet)
     if show_config is not None:
         _print_config(config, show_config, out, json)
-        return
+        if not dry_run:
+            return
+    if dry_run:
+        config = config.model_copy(update={"store": "memory"})  # a store on disk would be made
     with terminal.Fetching(terminal.console(no_color=no_color, stderr=True), json) as progress:
         fed = configs.build(config, progress)
+    if dry_run:
+        inspecting.dry_run(fed, config, out, json)
+        return
     finish(
         runs.fit(
             fed,
@@ -58,36 +70,31 @@ def run(
 @guarded
 def resume(
     path: Annotated[str, typer.Argument(metavar="RUN", show_default=False)],
-    keys: Annotated[list[str] | None, typer.Argument(metavar="[rounds=N]", show_default=False)] = None,
+    keys: Annotated[list[str] | None, typer.Argument(metavar="[rounds=N] [key=value]...", show_default=False)] = None,
     run_dir: RunDir = None,
     json: Json = False,
     quiet: Quiet = False,
     no_color: NoColor = False,
 ) -> None:
-    """Go on with a run from its last commit, as if it had never stopped."""
-    rounds = None
-    for number, argument in enumerate(keys or (), start=2):
-        key, _, value = argument.partition("=")
-        where = f"command line, argument {number}"
-        if key != "rounds":
-            raise StorageError(
-                f"{key} cannot change in a run that has begun", code="E405", where=where, remedy="rounds can"
-            )
-        if not value.isdigit():
-            raise ConfigError(f"rounds: expected a whole number >= 1, got {value!r}", code="E103", where=where)
-        rounds = int(value)
+    """Go on with a run from its last commit, as if it had never stopped.
+
+    What cannot change its result may change: rounds, run.*, stop.*, faults.reply_deadline_s, faults.min_replies,
+    workers, store, and the engine where the bits stay the same.
+    """
     from lamina import runs, terminal
     from lamina.folder import read_info
 
     folder = find(path, runs.runs_root(run_dir))
     before = read_info(folder)
-    done = before["status"] == "done" and rounds in (None, before["rounds"])
-    watcher = watcher_for(terminal.console(no_color=no_color), json, quiet, None)
+    changes = runs.changes(folder, keys or ())
+    rounds = changes.get("rounds", before["rounds"])
+    done = before["status"] == "done" and rounds == before["rounds"] and not (before.get("stopped") and changes)
+    watcher = watcher_for(terminal.console(no_color=no_color), json, quiet, changes.get("run.log_every"))
     if done:
         watcher.note(f"{folder} is done; rounds=N with more than {before['rounds']} goes on")
         watcher.end(runs.Run.open(folder))
         return
-    finish(runs.resume(folder, rounds, progress=watcher), quiet and not json)
+    finish(runs.resume(folder, keys=keys or (), progress=watcher), quiet and not json)
 
 
 @guarded
@@ -104,14 +111,14 @@ def demo(
     """FedAvg and FedLAMA side by side on the same split, and what each of them sent. Under two minutes."""
     from lamina import demo as demos
     from lamina import runs, terminal
+    from lamina.compare import compare
 
     out = terminal.console(no_color=no_color)
     watcher = watcher_for(out, json, quiet, demos.EVERY)
     fetching = terminal.Fetching(terminal.console(no_color=no_color, stderr=True), json)
     made = demos.demo(rounds, data, runs.runs_root(run_dir), watcher, fetching)
-    rows = runs.compare(made)
     if json:
-        for row in rows:
+        for row in compare(made):
             terminal.emit({"event": "compare", **row})
         return
     say(out, demos.verdict(made, terminal.width_of(out)))
@@ -177,6 +184,20 @@ def finish(run: Run, quiet: bool) -> None:
         print(run.path)
 
 
+def _fitted(config: Any, out: Console, json: bool, quiet: bool) -> Any:
+    """The config with the setting that keeps it within its budget."""
+    from lamina import terminal
+    from lamina.inspect import within
+
+    with terminal.Fetching(terminal.console(stderr=True), json) as progress:
+        fitted = within(config, progress)
+    if json:
+        terminal.emit({"event": "budget", "budget": config.budget, "chosen": fitted.said})
+    elif not quiet:
+        say(out, terminal.fields([("budget", fitted.said)], terminal.width_of(out)))
+    return fitted.config
+
+
 def _print_config(config: Any, which: str, out: Console, json: bool) -> None:
     from lamina import config as configs
     from lamina import terminal
@@ -184,7 +205,8 @@ def _print_config(config: Any, which: str, out: Console, json: bool) -> None:
     if which not in ("all", "changed"):
         raise ConfigError(f"--show-config={which}: expected all or changed")
     if json:
-        terminal.emit(config.model_dump(mode="json"))
+        origins = {key: origin for key, _, origin in configs.changed(config)}  # of all others: "default"
+        terminal.emit({**config.model_dump(mode="json"), "origins": origins})
     elif which == "all":
         say(out, configs.to_toml(config).splitlines())
     else:

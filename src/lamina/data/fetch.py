@@ -360,8 +360,12 @@ def _lock(path: Path, waiting: Callable[[], None]) -> Iterator[bool]:
 
     False where the file system knows no locks: two processes then do the same work, and the later rename yields.
     """
-    with path.open("ab") as file:
+    with open(path, "ab", opener=_no_link) as file:
         yield _hold(file.fileno(), waiting)  # closing the file lets go
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 if sys.platform == "win32":

@@ -43,6 +43,7 @@ from lamina.engine.children import (
 from lamina.engine.stack import Alike
 from lamina.errors import LaminaError, RunError, class_of
 from lamina.method import Plan
+from lamina.redaction import hidden
 from lamina.store import Row
 from lamina.tree import Message, flatten, skeleton, unflatten
 
@@ -81,6 +82,11 @@ class ProcessEngine:
             except Full as full:  # a method's trees outgrew the slots: begin again with larger ones, go on from there
                 self.close()
                 need = 2 * full.needed
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Of its worker processes, while there are any."""
+        return () if self._pool is None else self._pool.pids
 
     def close(self) -> None:
         if self._pool is not None:
@@ -228,7 +234,7 @@ class _Pool:
         _, *others = zip(clients, answer["loss"], answer["steps"], strict=True)
         one = self._reply(clients[0], answer["replies"][0], trees, "")
         return [one._replace(members=tuple(clients))] + [
-            Reply(client, {}, one.row, one.sizes, loss, steps, None) for client, loss, steps in others
+            Reply(client, {}, one.row, one.sizes, loss, steps, None, within=True) for client, loss, steps in others
         ]
 
     def _reply(self, client: int, figures: dict[str, Any], trees: Message, prefix: str) -> Reply:
@@ -236,7 +242,14 @@ class _Pool:
         row: Row | None = unflatten(self._like, figures["row"], leaves)
         sizes = {name: wire.Size(*size) for name, size in figures["sizes"].items()}
         message = {name: trees.get(f"{prefix}{name}", {}) for name in figures["trees"]}
-        return Reply(client, message, row, sizes, figures["loss"], figures["steps"], figures["refused"])
+        return Reply(
+            client, message, row, sizes, figures["loss"], figures["steps"], figures["refused"],
+            residual=figures["residual"],
+        )  # fmt: skip
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(child.pid for child in self._children)
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -267,7 +280,7 @@ class _Child:
         except (EOFError, ConnectionResetError, BrokenPipeError):
             pass  # the parent closed the pipe: the run is over
         except BaseException:
-            traceback.print_exc()
+            print(hidden(traceback.format_exc()), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
 
@@ -332,6 +345,7 @@ def _figures(reply: Reply) -> dict[str, Any]:
         "loss": reply.loss,
         "steps": reply.steps,
         "refused": reply.refused,
+        "residual": reply.residual,
     }
 
 

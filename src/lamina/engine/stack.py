@@ -282,11 +282,11 @@ def _finished(setup: Setup, plan: Plan, clients: Sequence[int], starts: Sequence
 
 
 def says_nothing(setup: Setup, plan: Plan) -> bool:
-    """Whether every message is the raw update and no more, and nobody remembers anything: then all have one form."""
+    """Whether every message is the raw update and no more, nobody remembers anything, and a mean of several will do."""
     method = setup.method
     silent = not any(method.has(hook) for hook in ("report", "settle", "init_client"))
     raw = setup.uplink == wire.Dense() and plan.mask is None and setup.carry is None
-    return silent and raw
+    return silent and raw and not setup.apart
 
 
 def _plain(stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], done: Together) -> Alike | None:
@@ -315,8 +315,8 @@ def _plain(stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], done:
     sizes = stack.sizes(setup, plan, clients[0], one, done.losses[0])
     row = Row(setup.method.init_client(plan.params), {})
     figures = zip(clients, done.losses, done.steps, strict=True)
-    replies = [Reply(c, {}, row, sizes, loss, steps, None) for c, loss, steps in figures]
-    replies[0] = replies[0]._replace(message=message, members=tuple(clients))
+    replies = [Reply(c, {}, row, sizes, loss, steps, None, within=True) for c, loss, steps in figures]
+    replies[0] = replies[0]._replace(message=message, members=tuple(clients), within=False)
     return Alike(replies)
 
 

@@ -14,6 +14,8 @@ KINDS = {
     "E2": "data (3)",
     "E30": "a run that cannot go on (4)",
     "E31": "clients and messages that are not used (4 where a run ends by it)",
+    "E32": "messages of another form than what was asked for",
+    "E33": "letters and answers that are not whose or when they say",
     "E34": "bytes that are not what the receiver's schema implies (4)",
     "E4": "the disk (5)",
     "W": "warnings of `lamina inspect`",

@@ -51,6 +51,8 @@ FILES = (
             "fedavg_down": "the same, down",
             "seconds": "that the round took, its test included",
             "network_seconds": "since the start of the run, on the virtual network; null without one",
+            "epsilon": "that all rounds until here have cost, at privacy.delta; null without privacy, and where a "
+            "round was made without it",
         },
     ),
     File(
@@ -73,6 +75,9 @@ FILES = (
             "inertia_l2": "|w(t) - w(2)|",
             "inertia_cosine": "w(t) . w(2) / (|w(t)| |w(2)|)",
             "density": "share of entries that travelled",
+            "residual_norm": "sqrt(E|r|^2) of what clients keep back for later rounds (error feedback and the like)",
+            "mask_churn": "share of the entries kept by the mask that it did not keep a round before",
+            "clipped": "share of the accepted messages in which faults.norm cut it",
         },
     ),
     File(
@@ -84,7 +89,8 @@ FILES = (
             "phase": '"round", or "probe": what a method asked all clients before the first round',
             "direction": '"up" or "down"',
             "layer": "a parameter, or _shared (headers, checksums, what belongs to no layer), _buffers, _moments (a "
-            "norm per tensor, for the diagnostics and some methods), _<tree> for a tree of the method's own",
+            "norm per tensor, for the diagnostics and some methods), _<tree> for a tree of the method's own, _unused "
+            "for answers that nobody owed",
             "bytes": "encoded",
         },
     ),
@@ -107,13 +113,13 @@ FILES = (
         "events.jsonl",
         "What happened beside the plan of things, a row each; empty in a quiet run.",
         {
-            "event": '"refused": a message was not used; "resumed"; "passed over": a damaged checkpoint; "other '
-            'cores"; "tracker failed"',
+            "event": '"refused": a message was not used; "skipped": a round was not; "resumed"; "passed over": a '
+            'damaged checkpoint; "other cores"; "tracker failed"',
             "round": "from 0",
             "code": "`lamina explain CODE`",
-            "client": "its name",
-            "layer": "the first tensor with a value that is not finite",
-            "why": "reason, where it is no layer",
+            "client": "its name; empty where it is about the whole round",
+            "layer": "the tensor or tree that is wrong, the first of them",
+            "why": "what is wrong with it: expected and got",
             "message": "in words",
             "remedy": "what to do about it",
             "torch": "version with which it went on",
@@ -147,6 +153,7 @@ FILES = (
             "method_repr": "the methods with all settings",
             "uplink": "codec of the updates",
             "downlink": "codec of the parameters sent down",
+            "aggregate": "mean, or the rule that makes one update of the clients'",
             "personal": "the clients' own models are what is trained (personal layers)",
             "data": "name of the data set",
             "partition": "the rule of the split",
@@ -165,6 +172,10 @@ FILES = (
             "workers": "processes",
             "cores": "of the machine",
             "tested": "there is a test set",
+            "privacy": "differential privacy; null without",
+            "privacy.*": "a setting; `sampling` is the probability of every client to be drawn in a round",
+            "secure": "secure sums; null without",
+            "secure.*": "a setting",
             "options": "how the run is kept",
             "options.evaluate_every": "rounds between two tests",
             "options.checkpoint_every": "rounds between two checkpoints, or auto",
@@ -216,9 +227,19 @@ FILES = (
     File("model.safetensors", "The final model, as `run.model` gives it: a state_dict. Written at the end."),
     File(
         "checkpoints/round-*/MANIFEST.json",
-        "A checkpoint is a folder that is there whole or not at all; the newest two are kept. Its manifest has the "
-        "SHA-256 of its files.",
-        {"version": "of the format", "sha256": "of every file", "sha256.*": "of one file"},
+        "A checkpoint is a folder that is there whole or not at all; the newest two are kept, and that after the "
+        "best round. Its manifest has the SHA-256 of its files, and of the manifests that it goes on from.",
+        {
+            "version": "of the format",
+            "round": "rounds done",
+            "parent": "the checkpoint before it; null for the first",
+            "parent.*": "its rounds done, and the SHA-256 of its manifest",
+            "best": "that after the best round; null where it is this one",
+            "best.*": "as of the parent",
+            "sha256": "of every file",
+            "sha256.*": "of one file",
+            "own": "SHA-256 of the manifest's text before this",
+        },
     ),
     File("checkpoints/round-*/model.safetensors", "Parameters and buffers after that round."),
     File("checkpoints/round-*/server.safetensors", "What the method remembers at the server."),
@@ -227,15 +248,25 @@ FILES = (
         'What clients remember. With store="disk:PATH" it lies there instead, and state.json says which rows.',
     ),
     File("checkpoints/round-*/state.json", "All else that a resumed run needs; its form is lamina's own."),
+    File("chaos.json", "Of `lamina chaos`: what went wrong on purpose, and the account of what became of it."),
     File("crash.txt", "The traceback, after an error that lamina did not expect (E300)."),
     File("report.html", "The report, where `lamina report` was asked for it."),
     File("export/*", "What trackers were given (run.track), and what `lamina export` wrote."),
     File("flower.json", "Of a run over Flower: under which name nodes keep what they remember."),
     File(
+        "letters.json",
+        "Of a run over Flower whose letters are signed: its name, and from where letters are numbered, so that none "
+        "has a number again after the server was started anew. No key.",
+    ),
+    File(
         "flower.jsonl",
         "Of a run over Flower: what was really handed over, a row per round. docs/deployment.md explains it.",
     ),
-    File(".lock", "Empty. Locked while a process writes to the run."),
+    File(
+        ".lock",
+        "Locked while a process writes to the run, and says which: its number, the machine's name and which start of "
+        "the machine it was. Empty otherwise.",
+    ),
 )
 
 

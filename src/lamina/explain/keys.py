@@ -25,6 +25,7 @@ _NAMED = {  # what the sections that name a part are, and how one is named in sh
     "method": "what is done differently from FedAvg; a list is a chain of several",
     "uplink": "how updates are coded on their way up",
     "downlink": "how parameters are coded on their way down",
+    "aggregate": "what is made of the clients' updates: their mean, or what a few wrong ones cannot move far",
 }
 
 
@@ -83,7 +84,7 @@ def known() -> Mapping[str, Key]:
 
 def _part(section: str) -> Taken:
     names = ", ".join(config.catalogue(section))
-    default = {"method": "fedavg", "uplink": "fp32", "downlink": "fp32"}.get(section)
+    default = config.DEFAULTS.get(section)
     about = _NAMED[section]
     return Taken("config", f"a name ({names}), an entry, or a table", default, f"{about[0].upper()}{about[1:]}.")
 

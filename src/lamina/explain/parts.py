@@ -11,10 +11,12 @@ from lamina import config, settings
 from lamina.explain import keys
 from lamina.explain.words import fields, paragraphs
 
-_KINDS = {"method": "method", "uplink": "codec", "model": "model", "data": "data set"}  # section -> what is in it
+_KINDS = {"method": "method", "uplink": "codec", "aggregate": "rule", "model": "model",
+          "data": "data set"}  # section -> what is in it  # fmt: skip
 _ASKED = {
     "method": "lamina run quickstart method={}",
     "uplink": "lamina run quickstart uplink={}",
+    "aggregate": "lamina run quickstart cohort=all aggregate={}",
     "model": "lamina run ... model={}",
     "data": "lamina data show ... data={}",
 }

@@ -11,7 +11,7 @@ from lamina.errors import StorageError, expect, meant
 from lamina.export import files
 from lamina.export.feed import rounds
 from lamina.export.sink import TRACKERS, expect_installed, opened
-from lamina.folder import read_info, storing
+from lamina.folder import expect_within, read_info, storing
 
 FORMATS = (*files.WRITERS, *TRACKERS)
 
@@ -36,6 +36,8 @@ def export(folder: Path, to: str, out: Path | None = None) -> list[Path]:
     expect(to in FORMATS, f"{to!r}: expected one of {', '.join(FORMATS)}", code="E103", where="--to", remedy=remedy)
     info = read_info(folder)
     place = folder / "export" / to if out is None else out
+    if out is None:
+        expect_within(folder)
     if to in files.WRITERS:
         return files.WRITERS[to](folder, info, place)
     expect_installed([to], "--to")

@@ -34,6 +34,7 @@ _TREES = {
     "_shared": "headers, framing",
     "_buffers": "buffers",
     "_moments": "moments",
+    "_unused": "answers not owed",
 }
 _WITHHOLD = ("fedlama", "fedluar", "personal", "localonly")
 

@@ -238,7 +238,8 @@ def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     newest = [place / "model.safetensors" for place in reversed(checkpoint.committed(folder / "checkpoints"))]
     for file in (folder / "model.safetensors", *newest):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError), file.open("rb") as stream:
-            head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            length = int.from_bytes(stream.read(8), "little")  # a damaged file says anything
+            head = json.loads(stream.read(min(length, file.stat().st_size)))
             return {name: tuple(said["shape"]) for name, said in head.items() if name != "__metadata__"}
     return {}
 

@@ -39,9 +39,17 @@ def unsealed(path: Path, key: str) -> dict[str, Any]:
     return document
 
 
+def beside(path: Path) -> Path:
+    """Where it is written first. A link that somebody has put there goes, so that nothing is written through it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.is_symlink():
+        temporary.unlink()
+    return temporary
+
+
 def replace(path: Path, blob: bytes) -> None:
     """The old content or the new, never something between; and the names in its folder are durable."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = beside(path)
     with temporary.open("wb") as file:
         file.write(blob)
         file.flush()
