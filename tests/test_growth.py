@@ -248,7 +248,7 @@ def running(engine: str, method: str) -> Federation:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says what a process has")
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", cases.the_rest_slowly(ENGINES, ("processes",)))
 def test_nothing_grows_over_200_rounds(engine: str) -> None:
     """Tensors, descriptors and processes to the last one; memory to 2 MiB, where one row of a ledger that is kept, or
     one message, would be 200 x 4."""

@@ -39,7 +39,8 @@ class Recording(Method):
 
     def report(self, client, plan, work, message):
         self.start.update(plan.params)
-        self.updates.append(message["update"])
+        if any(x.any() for x in message["update"].values()):  # it is asked about an update of zeros, too
+            self.updates.append(message["update"])
         return message, client
 
 

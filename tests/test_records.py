@@ -46,9 +46,10 @@ def test_where_nothing_is_kept_back_there_is_no_figure() -> None:
 
 
 def test_a_fixed_mask_is_not_remembered_and_has_no_churn() -> None:
-    for state, record in federation(lamina.SSFL(density=0.5)).run(2):
-        assert state.observed.mask == {}
-        assert all(layer.mask_churn is None for layer in record.layers.values())
+    rounds = list(federation(lamina.SSFL(density=0.5)).run(2))
+    assert all(state.observed.mask == {} for state, _ in rounds)
+    churn = [{layer.mask_churn for layer in record.layers.values() if layer.density != 1} for _, record in rounds]
+    assert churn == [{None}, {0.0}]
 
 
 def test_churn_counts_the_entries_that_came(tmp_path: Path) -> None:

@@ -302,7 +302,15 @@ def plan_of(fed: lamina.Federation) -> Any:
 @pytest.mark.parametrize(
     "rule", [Median(), TrimmedMean(), Krum(), MultiKrum(), GeometricMedian(), FLTrust("c2")], ids=repr
 )
-@pytest.mark.parametrize("method", [None, lamina.FedLAMA(phi=2), lamina.FedAdam(lr=0.01)], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [
+        None,
+        pytest.param(lamina.FedLAMA(phi=2), marks=pytest.mark.slow),
+        pytest.param(lamina.FedAdam(lr=0.01), marks=pytest.mark.slow),
+    ],
+    ids=repr,
+)
 def test_every_rule_runs_and_no_engine_changes_it(rule: Rule, method: Any) -> None:
     loop = made(federation(rule, method))
     processes = made(federation(rule, method, engine="processes", workers=2))

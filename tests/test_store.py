@@ -151,8 +151,18 @@ def test_a_store_of_another_kind_is_refused(store: Any) -> None:
 METHODS = ("fedavg", "errorfeedback", "scaffold", "localonly", "fedlama", "fedprox, errorfeedback, fedlama, fedyogi")
 
 
-@pytest.mark.parametrize("engine", [{}, {"engine": "processes", "workers": 2}], ids=["loop", "processes"])
-@pytest.mark.parametrize("name", METHODS)
+PROCESSES = {"engine": "processes", "workers": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *[(name, {}) for name in METHODS],
+        (METHODS[-1], PROCESSES),
+        *[pytest.param(name, PROCESSES, marks=pytest.mark.slow) for name in METHODS[:-1]],
+    ],
+    ids=lambda x: x if isinstance(x, str) else x.get("engine", "loop"),
+)
 def test_memory_and_disk_hold_the_same_states(name: str, engine: dict[str, Any], tmp_path: Path) -> None:
     memory = list(cases.case(name, buffers="keep", **engine).run(cases.ROUNDS))
     pairs = list(cases.case(name, buffers="keep", store=f"disk:{tmp_path}", **engine).run(cases.ROUNDS))

@@ -137,8 +137,9 @@ class Books:
                 numbers |= _inertia(params[name], reference[name])
             if name in self.residual:
                 numbers["residual_norm"] = (self.residual[name] / self.share) ** 0.5
-            if kept is not None and name in old.mask:
-                numbers["mask_churn"] = int((kept & ~old.mask[name]).sum()) / max(1, numel)
+            if kept is not None and plan.round:
+                came = int((kept & ~old.mask[name]).sum()) if name in old.mask else 0
+                numbers["mask_churn"] = came / max(1, numel)
             rows[name] = LayerRecord(
                 uploaded=name in plan.upload,
                 interval=int(intervals.get(name, 1)),
