@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -76,9 +75,9 @@ def commands(block: Block) -> list[list[str]]:
 def parsed(words: list[str]) -> None:
     """That these options and arguments exist. Raises click's UsageError."""
     command: Any = typer.main.get_command(cli.app)
-    context = click.Context(command)
+    context = command.context_class(command)
     rest = words[1:]
-    while isinstance(command, click.Group) or hasattr(command, "commands"):
+    while hasattr(command, "commands"):
         name, *rest = rest
         assert name in command.commands, f"there is no command {name}"
         command = command.commands[name]
