@@ -120,7 +120,9 @@ def run_command(words: list[str]) -> str:
     if verb in PARSED or {"--watch", "--mkl", "--install-completion", "--show-completion"} & set(words):
         parsed(words)
         return ""
-    if "--figure" in words and importlib.util.find_spec("matplotlib") is None:
+    needed = [name for name in ("tensorboard", "mlflow", "wandb") if any(name in word for word in words)]
+    needed += ["matplotlib"] if "--figure" in words else []
+    if any(importlib.util.find_spec(name) is None for name in needed):
         parsed(words)
         return ""
     words, into = (words[: words.index(">")], words[-1]) if ">" in words else (words, None)
