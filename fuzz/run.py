@@ -6,13 +6,15 @@
     python fuzz/run.py whole --input FILE       one input, as libFuzzer leaves it behind
 
 Led by coverage where atheris is installed (the extra `fuzz`), by chance otherwise or with --plain. What libFuzzer
-collects stays in runs/fuzz; --keep adds to fuzz/corpus what of it goes where no seed goes.
+collects stays in runs/fuzz and is compared with the slow decoder, input by input, when time is up; --keep adds to
+fuzz/corpus what of it goes where no seed goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import random
 import re
 import resource
@@ -67,6 +69,7 @@ def every(arguments: list[str]) -> int:
         for name, status, output in pool.map(one, NAMES):
             counted = re.findall(r"Done (\d+) runs in (\d+) second", output)
             said = "{} inputs in {} s".format(*counted[-1]) if counted else "did not finish"
+            said += "".join(f", {n} of them new and compared" for n in re.findall(r"Compared (\d+) inputs", output))
             print(f"{name:8}{said}{'' if status == 0 else f', exit status {status}'}", flush=True)
             if status or not counted:
                 failed = True
@@ -99,6 +102,7 @@ def by_chance(options: argparse.Namespace) -> int:
     for data in pool:
         attempt(run, data)
     targets.settle()
+    targets.every = False
     started, inputs = time.monotonic(), 0
     while time.monotonic() - started < options.seconds and (not options.inputs or inputs < options.inputs):
         attempt(run, targets.mutated(rng, pool))
@@ -119,10 +123,20 @@ def by_coverage(options: argparse.Namespace) -> int:
         attempt(run, data)
         (corpus / targets.reference.hashlib.sha1(data).hexdigest()).write_bytes(data)
     targets.settle()
-    limits = [f"-max_total_time={options.seconds}", f"-runs={options.inputs or -1}", f"-seed={options.seed}"]
-    limits += [f"-max_len={targets.LONGEST}", f"-artifact_prefix={crashes}/{options.target}-", "-timeout=10"]
-    atheris.Setup([sys.argv[0], *limits, str(corpus)], run)
-    atheris.Fuzz()
+    fuzzing = os.fork()
+    if not fuzzing:
+        targets.every = False
+        limits = [f"-max_total_time={options.seconds}", f"-runs={options.inputs or -1}", f"-seed={options.seed}"]
+        limits += [f"-max_len={targets.LONGEST}", f"-artifact_prefix={crashes}/{options.target}-", "-timeout=10"]
+        atheris.Setup([sys.argv[0], *limits, str(corpus)], run)
+        atheris.Fuzz()  # ends the process
+    status = os.waitstatus_to_exitcode(os.waitpid(fuzzing, 0)[1])
+    if status:
+        return abs(status)
+    new = sorted(corpus.iterdir())
+    for file in new:
+        attempt(run, file.read_bytes())
+    print(f"Compared {len(new)} inputs that go where no other goes")
     return 0
 
 
