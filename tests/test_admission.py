@@ -12,7 +12,7 @@ import torch
 import cases
 import network
 from lamina import ConfigError, FedAvg, Federation, FedLAMA, Method, Plan, RunError, Scaffold, Work
-from lamina.admission import LARGEST, Admission, Form, Refusal, bounded, enough, finite, unused
+from lamina.admission import LARGEST, Admission, Form, Refusal, enough, out_of_range, unused
 from lamina.chaos import Chaos, Chaotic
 from lamina.client import Reply
 from lamina.cohort import Faults
@@ -144,22 +144,24 @@ def test_a_method_whose_hooks_fail_on_zeros_is_still_judged_by_what_the_engine_a
 def test_the_largest_finite_numbers_are_finite_and_their_sum_need_not_be() -> None:
     top = torch.full((4,), 3e38)
     assert not torch.isfinite(top.sum())
-    assert finite({"update": {"x": top}}) is None
-    assert finite({"update": {"x": torch.tensor([1.0, math.nan])}}) == Refusal("E310", "x", "x")
-    assert finite({"control": {"x": torch.tensor([math.inf, -math.inf])}}) == Refusal("E310", "control/x", "control/x")
-    assert finite({"score": {"score": torch.tensor(math.nan)}}) is None
-    assert finite({"update": {"x": torch.zeros(0), "n": torch.tensor([1, 2])}}) is None
+    assert out_of_range({"control": {"x": top}}) is None
+    assert out_of_range({"update": {"x": torch.tensor([1.0, math.nan])}}) == Refusal("E310", "x", "x")
+    assert out_of_range({"control": {"x": torch.tensor([math.inf, -math.inf])}}) == Refusal(
+        "E310", "control/x", "control/x"
+    )
+    assert out_of_range({"score": {"score": torch.tensor(math.nan)}}) is None
+    assert out_of_range({"update": {"x": torch.zeros(0), "n": torch.tensor([1, 2])}}) is None
 
 
 def test_an_update_that_would_erase_the_model_is_refused() -> None:
     """|(6e11, 8e11)| = 1e12 is the longest that is let in; in float32 the square of 1e20 is infinite."""
-    assert bounded({"x": torch.tensor([6e11, 8e11], dtype=torch.float64)}) is None
+    assert out_of_range({"update": {"x": torch.tensor([6e11, 8e11], dtype=torch.float64)}}) is None
     assert LARGEST == 1e12
     for far in (torch.tensor([6e11, 8.1e11]), torch.tensor([1e20]), torch.tensor([1e300], dtype=torch.float64)):
-        found = bounded({"w": torch.zeros(3), "x": far})
+        found = out_of_range({"update": {"w": torch.zeros(3), "x": far}})
         assert found is not None
         assert (found.code, found.layer) == ("E312", "x")
-    assert bounded({}) is None
+    assert out_of_range({"update": {}}) is None
 
 
 # ---- who is judged, and in which order

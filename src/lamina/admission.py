@@ -1,7 +1,7 @@
 """Where a reply is judged before it is summed. One that is refused costs its client this round, and nothing else.
 
-    asked -> its round -> first of its client -> what the client says of itself -> trees, shapes, types -> finite
-    -> bounds -> local steps -> [norms of faults.norm] -> needed
+    asked -> its round -> first of its client -> what the client says of itself -> trees, shapes, types -> in range:
+    finite, not too long -> local steps -> [norms of faults.norm] -> needed
 
 Replies leave here in the schedule's order, so what arrives first makes no difference to a sum.
 
@@ -159,38 +159,26 @@ def _score_refused(score: Params | None) -> Refusal | None:
     return wrong or (None if form is None else Refusal(*form, "score/score"))
 
 
-def finite(message: Message) -> Refusal | None:
-    """E310 for the first tensor with a NaN or an infinity. A score is left out: it enters no sum."""
+def out_of_range(message: Message) -> Refusal | None:
+    """E310 for the first tensor with a NaN or an infinity, or else E312 for the first layer whose update is longer than
+    any training makes it. A score is left out: it enters no sum. Bounds that a person chooses (`faults.norm`) come
+    after this one."""
+    longer = None
     for tree, content in message.items():
-        if tree in ("steps", "score"):
+        if tree in ("steps", "score") or not content:
             continue
-        for name, whole in zip(content, _sums(content), strict=True):
-            if not math.isfinite(whole) and not bool(torch.isfinite(content[name]).all()):
-                layer = name if tree == "update" else f"{tree}/{name}"
+        update = tree == "update"
+        read = [torch.dot(x.flatten(), x.flatten()) if update else x.sum() for x in content.values()]
+        for (name, x), said in zip(content.items(), torch.stack([x.double() for x in read]).tolist(), strict=True):
+            if said <= LARGEST**2 if update else math.isfinite(said):  # so every entry is finite
+                continue
+            if not bool(torch.isfinite(x).all()):
+                layer = name if update else f"{tree}/{name}"
                 return Refusal("E310", layer, layer)
-    return None
-
-
-def bounded(update: Params) -> Refusal | None:
-    """Refuses the first layer whose update is longer than any training makes it. Bounds that a person chooses
-    (`faults.norm`) come after this one."""
-    if not update:
-        return None
-    squares = torch.stack([torch.dot(x.flatten(), x.flatten()).double() for x in update.values()]).tolist()
-    for (name, x), square in zip(update.items(), squares, strict=True):
-        if not square <= LARGEST**2:  # or more than the type can hold
-            norm = float(torch.linalg.vector_norm(x.double()))
-            if norm > LARGEST:
-                return Refusal("E312", f"a norm of {norm:.3g}, expected at most {LARGEST:.0e}", name)
-    return None
-
-
-def _sums(tree: Params) -> list[float]:
-    """Of the entries of each tensor: one that is finite says that all are; the other way round it does not."""
-    if not tree:
-        return []
-    found: list[float] = torch.stack([x.sum().double() for x in tree.values()]).tolist()
-    return found
+            norm = float(torch.linalg.vector_norm(x.double())) if update and longer is None else 0.0
+            if norm > LARGEST:  # and not only its square more than the type can hold
+                longer = Refusal("E312", f"a norm of {norm:.3g}, expected at most {LARGEST:.0e}", name)
+    return longer
 
 
 def steps_refused(setup: Setup, clients: Sequence[int], said: float) -> Refusal | None:
@@ -262,12 +250,12 @@ class Admission:
             return Refusal(reply.code, reply.refused, reply.layer)
         if reply.within:
             return self._fallen.get(reply.client)
-        refusal = self._form.refuses(reply.message) or finite(reply.message)
+        refusal = self._form.refuses(reply.message) or out_of_range(reply.message)
         if refusal is None and not math.isfinite(reply.loss):
             refusal = Refusal("E310", "loss", "loss")
         if refusal is not None or self._kind == "probe":
             return refusal
-        return bounded(reply.message["update"]) or self._steps(reply)
+        return self._steps(reply)
 
     def _steps(self, reply: Reply) -> Refusal | None:
         said = reply.message.get("steps", {}).get("steps")
