@@ -16,7 +16,7 @@ FILES = sorted(path for path in SOURCE.rglob("*.py"))
 
 LEVELS = (  # lowest first; a file or folder imports from the rows above it, and within its own folder
     ("errors", "random", "redaction"),
-    ("tree", "units", "layers", "data", "models", "schedule", "entry", "metrics"),
+    ("tree", "units", "per_client", "layers", "data", "models", "schedule", "entry", "metrics"),
     ("method", "network", "store", "record", "settings"),
     ("methods", "wire", "training"),
     ("client", "aggregate", "cohort", "downlink", "robust"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from lamina.errors import ConfigError, expect, is_number, is_whole, meant
+from lamina.per_client import rows
 from lamina.random import generator, stream
 
 _PATIENCE = 10_000  # rounds
@@ -173,23 +173,13 @@ def _share(text: str, said: str) -> float:
 
 
 def _spans(path: Path, names: Sequence[str]) -> dict[int, list[tuple[int, int]]]:
-    where = f"availability, {path}"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", code="E103", where="availability") from error
-    titles = set(rows[0]) if rows else set()
-    expect({"client", "from", "to"} <= titles, "expected the columns client, from, to", code="E103", where=where)
     positions = {name: i for i, name in enumerate(names)}
     spans: dict[int, list[tuple[int, int]]] = {}
-    for number, row in enumerate(rows, start=2):
-        at = f"{where}:{number}"
-        expect(row["client"] in positions, f"no client {row['client']!r}", code="E103", where=at)
-        whole = all((row[key] or "").isdecimal() for key in ("from", "to"))
-        fine = whole and int(row["from"]) <= int(row["to"])
-        expect(fine, f"{row['from']!r} to {row['to']!r}: expected rounds, first and last", code="E103", where=at)
-        spans.setdefault(positions[row["client"]], []).append((int(row["from"]), int(row["to"])))
+    for where, client, row in rows(path, names, "availability", ("from", "to"), needed=("from", "to")):
+        first, last = row.get("from", ""), row.get("to", "")
+        fine = first.isdecimal() and last.isdecimal() and int(first) <= int(last)
+        expect(fine, f"{first!r} to {last!r}: expected rounds, first and last", code="E103", where=where)
+        spans.setdefault(positions[client], []).append((int(first), int(last)))
     return spans
 
 

@@ -6,7 +6,6 @@ of a round     its slowest client's
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from typing import NamedTuple
 
 import torch
 
-from lamina.errors import ConfigError, expect
+from lamina.errors import expect
+from lamina.per_client import rows
 from lamina.random import generator
 from lamina.units import RATES, TIMES, quantity
 
@@ -113,21 +113,9 @@ def _span(value: float | str, name: str, where: str) -> tuple[float, float]:
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, dict[str, str]]:
-    where = f"network.clients, {path}"
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", code="E103", where="network.clients") from error
-    known = {"client", *Link._fields}
-    titles = set(rows[0]) if rows else set()
-    columns = ", ".join(("client", *Link._fields))
-    expect("client" in titles and titles <= known, f"expected the columns {columns}", code="E103", where=where)
-    everyone, own = set(names), {}
-    for number, row in enumerate(rows, start=2):
-        name = row["client"]
-        expect(name in everyone, f"no client {name!r}", code="E103", where=f"{where}:{number}")
-        own[name] = {key: value for key, value in row.items() if key != "client" and value}
-        for key, value in own[name].items():
-            _span(value, key, f"{where}:{number}, {key}")
+    own = {}
+    for where, client, row in rows(path, names, "network.clients", Link._fields):
+        for key, value in row.items():
+            _span(value, key, f"{where}, {key}")
+        own[client] = row
     return own

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.errors import ConfigError, meant
 from lamina.folder import standing, storing
 from lamina.report.figure import LINES, short
 from lamina.report.layers import REFERENCE, names_of
 from lamina.report.sparsity import MASKS
-from lamina.report.tables import Tables, last_of, mean_of, read
+from lamina.report.tables import Grid, Tables, last_of, mean_of, read
 from lamina.runs import Run
 
 if TYPE_CHECKING:
@@ -214,16 +215,23 @@ def _crossing(every: Sequence[Tables]) -> Drawing:
 
 
 def _syncs(every: Sequence[Tables]) -> Drawing:
+    return _bar_each(every, "uploaded", "no round is finished yet", "aggregations", lambda grid: np.nansum(grid, 1))
+
+
+def _bar_each(
+    every: Sequence[Tables], column: str, none: str, said: str, value: Callable[[Grid], NDArray[np.float64]]
+) -> Drawing:
+    """A bar a layer and run; the runs have to be of one model."""
     curves = []
     names: list[str] = []
     for tables in every:
-        which, grid = _layers_with(tables, "uploaded", "no round is finished yet")
+        which, grid = _layers_with(tables, column, none)
         own = names_of(tables, which)
         if names and own != names:
             raise _Cannot("the runs are of different models")
         names = own
-        curves.append(Curve(tables.title, [float(i) for i in range(len(own))], [float(v) for v in np.nansum(grid, 1)]))
-    return Drawing("", "aggregations", curves, "bars", names)
+        curves.append(Curve(tables.title, [float(i) for i in range(len(own))], [float(v) for v in value(grid)]))
+    return Drawing("", said, curves, "bars", names)
 
 
 def _against_sparsity(every: Sequence[Tables]) -> Drawing:
@@ -255,19 +263,10 @@ def _share_sent(tables: Tables) -> float:
 
 
 def _density(every: Sequence[Tables]) -> Drawing:
-    curves = []
-    names: list[str] = []
-    for tables in every:
-        which, grid = _layers_with(tables, "density", "no layer was uploaded")
-        own = names_of(tables, which)
-        if names and own != names:
-            raise _Cannot("the runs are of different models")
-        names = own
-        values = [0.0 if np.isnan(v) else float(v) for v in last_of(grid)]
-        curves.append(Curve(tables.title, [float(i) for i in range(len(own))], values))
-    if all(v > 0.9995 for curve in curves for v in curve.y):
+    drawing = _bar_each(every, "density", "no layer was uploaded", "density", lambda grid: np.nan_to_num(last_of(grid)))
+    if all(v > 0.9995 for curve in drawing.curves for v in curve.y):
         raise _Cannot("every layer was sent whole, so every density is 1; `method=ssfl` masks layers")
-    return Drawing("", "density", curves, "bars", names)
+    return drawing
 
 
 def _divergence(every: Sequence[Tables]) -> Drawing:
