@@ -2,17 +2,21 @@
 
     python benchmarks/speed.py [--works W1,W3] [--repeats 5] [--rounds 3] [--flower PYTHON] [--pfl PYTHON] [--out FILE]
 
-Every contender does the same work: same partition, cohorts, batch order and number of steps. They take turns, round
-for round of repeats, so that a machine whose speed drifts slows all of them alike. Reported is the median over the
-repeats of seconds per round, its spread, and the ratio to the single-model loop of the same repeat.
+Every contender does the same work: same partition, cohorts and number of steps. First it trains `--rounds` rounds
+after one of warm-up, from the same weights over the same batches in the same order, and no comparison is made unless
+all end at the same accuracy (within 0.01). Then they take turns, round for round of repeats, so that a machine whose
+speed drifts slows all of them alike. Reported is the median over the repeats of seconds per round, its spread, and the
+ratio to the single-model loop of the same repeat.
 
     lamina        the whole product: plan, hooks, ledger, per-layer records, exact byte counts; engine "auto"
     loop          the same with engine="loop" (one thread)
     single-model  one central model over the same batches with every trick and all cores: what no federation can have
     naive         what a first federated script does: deepcopy, DataLoader, torch.optim.SGD, mean of state_dicts
+    flower, pfl   in environments of their own, set up as is best for them, with their own order of batches
+    ... + ours    the same with the allocator and MKL settings that all others here have
 
-`--mkl` is not needed and not used: all contenders run torch as it is installed, with the same allocator settings.
-Evaluation is left out of every contender's round.
+LAMINA_MKL=amd in the environment switches MKL for all but the peers in environments of their own. Evaluation is left
+out of every contender's round. Last comes the time from the start of a process to the end of its first round.
 """
 
 from __future__ import annotations
@@ -30,14 +34,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 import lamina
 from lamina.cohort import draw
-from lamina.engine import cores
+from lamina.engine import cores, mkl
 from lamina.engine.allocator import keep_memory
 from lamina.random import generator
 from lamina.training import Trainer, batches
@@ -67,6 +71,8 @@ WORKS = {
                lamina.LocalSGD(lr=0.05, batch_size=10)),
 }  # fmt: skip
 
+SAME = 0.01  # of the accuracy
+
 # `keep_memory` for programs of others: glibc reads these when a process starts
 GLIBC_SETTINGS = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -89,6 +95,12 @@ def with_lamina(work: Work, data: lamina.ClientData, engine: str, workers: int |
     fed = federation(work, data, engine, workers)
     for _, record in fed.run(10**9, evaluate_every=10**9):
         yield record.seconds
+
+
+def accuracy_of(work: Work, data: lamina.ClientData, engine: str, rounds: int) -> float:
+    *_, (_, record) = federation(work, data, engine, None).run(rounds, evaluate_every=rounds)
+    assert record.accuracy is not None, "the last round is evaluated"
+    return record.accuracy
 
 
 def single_model(work: Work, data: lamina.ClientData) -> Iterator[float]:
@@ -135,10 +147,9 @@ class _Set(torch.utils.data.Dataset):  # type: ignore[type-arg]
         return self.x[i], self.y[i]
 
 
-def naive(work: Work, data: lamina.ClientData) -> Iterator[float]:
-    """deepcopy, DataLoader, an optimizer object, the mean of the state_dicts."""
-    torch.manual_seed(0)
-    server = work.model()
+def naive(work: Work, data: lamina.ClientData) -> Iterator[tuple[float, torch.nn.Module]]:
+    """deepcopy, DataLoader, an optimizer object, the mean of the state_dicts: seconds of each round, and the model."""
+    server = federation(work, data, "loop", None).model
     local = work.local
     sets = {}
     round = 0
@@ -153,9 +164,8 @@ def naive(work: Work, data: lamina.ClientData) -> Iterator[float]:
         for client in cohort:
             model = copy.deepcopy(server)
             optimizer = torch.optim.SGD(model.parameters(), lr=local.lr, momentum=local.momentum)
-            loader = torch.utils.data.DataLoader(
-                sets[client], batch_size=local.batch_size, shuffle=True, generator=generator(0, "order", round, client)
-            )
+            order = torch.utils.data.RandomSampler(sets[client], generator=generator(0, "order", round, client))
+            loader = torch.utils.data.DataLoader(sets[client], batch_size=local.batch_size, sampler=order)
             left = local.count(len(sets[client]))
             while left > 0:
                 for x, y in loader:
@@ -173,7 +183,7 @@ def naive(work: Work, data: lamina.ClientData) -> Iterator[float]:
         seconds = time.perf_counter() - began
         torch.set_num_threads(before)
         round += 1
-        yield seconds
+        yield seconds, server
 
 
 def bookkeeping(work: Work, data: lamina.ClientData, rounds: int) -> float:
@@ -198,73 +208,125 @@ def bookkeeping(work: Work, data: lamina.ClientData, rounds: int) -> float:
     return 1 - training / total
 
 
-def write_work(path: Path, work: Work, data: lamina.ClientData, rounds: int) -> None:
-    """All that a peer needs, for its environment has no lamina; the rounds are those of the other contenders."""
+def write_work(path: Path, work: Work, data: lamina.ClientData, rounds: int, check: bool = False) -> None:
+    """All that a peer needs, for its environment has no lamina; the rounds are those of the other contenders.
+
+    Args:
+        check: also the first weights, the batches and the examples to be tested with.
+    """
     local = work.local
+    cohorts = [draw(0, round, len(data), work.cohort) for round in range(rounds)]
+    more = {}
+    if check:
+        order = [b for t, cohort in enumerate(cohorts) for client in cohort for b in batches(data, client, local, 0, t)]
+        state = federation(work, data, "loop", None).model.state_dict()
+        test_x, test_y = data.test
+        more = {
+            "batches": torch.cat(order).numpy(),
+            "sizes": np.array([len(b) for b in order]),
+            "initial": torch.cat([x.flatten() for x in state.values()]).numpy(),
+            "test_x": data.transform(test_x, None).numpy(),
+            "test_y": test_y.numpy(),
+        }
     np.savez(
         path,
         x=data.transform(data.x, None).numpy(),
         y=data.y.numpy(),
         offsets=data.offsets.numpy(),
         indices=data.indices.numpy(),
-        cohorts=np.array([draw(0, round, len(data), work.cohort) for round in range(rounds)], dtype=np.int64),
+        cohorts=np.array(cohorts, dtype=np.int64),
         steps=local.steps or 0,  # 0: so many epochs
         epochs=local.epochs,
         batch_size=local.batch_size,
         lr=local.lr,
         momentum=local.momentum,
+        **more,
     )
 
 
-def peer(
-    python: str, script: str, name: str, work: Work, data: lamina.ClientData, repeats: int, rounds: int
-) -> Iterator[float]:
-    """A peer in its own environment, started anew for each repeat: benchmarks/peers/SCRIPT reports seconds per round as
-    a JSON list, after a warm-up round of its own. The first run is one round of warm-up, as for the others."""
+def peer(run: Peer, name: str, work: Work, data: lamina.ClientData, repeats: int, rounds: int) -> Iterator[float]:
+    """A peer in its own environment, started anew for each repeat: benchmarks/peers/SCRIPT reports seconds per round
+    after a warm-up round of its own. The first run is one round of warm-up, as for the others."""
     with tempfile.TemporaryDirectory(prefix="lamina-speed-") as folder:
         path = Path(folder) / "WORK.npz"
         write_work(path, work, data, 1 + repeats * rounds)
         for repeat in range(repeats + 1):
-            first, count = (1 + (repeat - 1) * rounds, rounds) if repeat else (0, 1)
-            yield from run_peer([python, str(Path(__file__).parent / "peers" / script), str(path), name], count, first)
+            first, count = (1 + (repeat - 1) * rounds, rounds) if repeat else (1, 1)
+            yield from run(path, name, count, first)["seconds"]
 
 
-def run_peer(command: list[str], rounds: int, first: int) -> list[float]:
-    """Seconds of each round. Whatever happens, what the peer started is ended with it."""
-    environment = os.environ | GLIBC_SETTINGS
-    with (
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen(
-            [*command, str(rounds), str(first)],
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=environment,
-        ) as process,
-    ):
-        try:
-            out, _ = process.communicate(timeout=1800)
-        except BaseException:
-            process.terminate()  # it ends its own processes
-            raise
-        if process.returncode:
-            errors.seek(0)
-            sys.exit(f"{' '.join(command)}: exit status {process.returncode}\n{errors.read()[-4000:]}")
-    seconds: list[float] = json.loads(out.splitlines()[-1])
-    return seconds
+class Peer(NamedTuple):
+    """A program of benchmarks/peers in an environment of its own."""
+
+    python: str
+    script: str
+    ours: bool  # with our settings of the allocator and MKL
+
+    def __call__(self, path: Path, name: str, rounds: int, first: int) -> dict[str, Any]:
+        """What it reports. Whatever happens, what the peer started is ended with it."""
+        environment = {k: v for k, v in os.environ.items() if k not in GLIBC_SETTINGS and k != mkl.VARIABLE}
+        if self.ours:
+            environment |= GLIBC_SETTINGS | {"LAMINA_MKL_FILE": mkl.__file__}
+            environment |= {k: v for k, v in os.environ.items() if k == mkl.VARIABLE}
+        script = Path(__file__).parent / "peers" / self.script
+        command = [self.python, str(script), str(path), name, str(rounds), str(first)]
+        with (
+            tempfile.TemporaryFile("w+") as errors,
+            subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+            ) as process,
+        ):
+            try:
+                out, _ = process.communicate(timeout=1800)
+            except BaseException:
+                process.terminate()  # it ends its own processes
+                raise
+            if process.returncode:
+                errors.seek(0)
+                sys.exit(f"{' '.join(command)}: exit status {process.returncode}\n{errors.read()[-4000:]}")
+        found: dict[str, Any] = json.loads(out.splitlines()[-1])
+        return found
 
 
-def measure(name: str, work: Work, repeats: int, rounds: int, peers: dict[str, str]) -> dict[str, object]:
+def accuracies(name: str, work: Work, data: lamina.ClientData, rounds: int, peers: dict[str, Peer]) -> dict[str, float]:
+    """Of the contenders' models after a round of warm-up and so many more. Ends the program where they differ."""
+    found = {
+        "lamina": accuracy_of(work, data, "auto", 1 + rounds),
+        "processes": accuracy_of(work, data, "processes", 1 + rounds),
+        "loop": accuracy_of(work, data, "loop", 1 + rounds),
+    }
+    _, model = next(itertools.islice(naive(work, data), rounds, None))
+    x, y = data.test
+    model.eval()
+    with torch.no_grad():
+        right = [
+            model(data.transform(part, None)).argmax(1) == of
+            for part, of in zip(x.split(1000), y.split(1000), strict=True)
+        ]
+    found["naive"] = float(torch.cat(right).float().mean())
+    with tempfile.TemporaryDirectory(prefix="lamina-speed-") as folder:
+        path = Path(folder) / "WORK.npz"
+        if peers:
+            write_work(path, work, data, 1 + rounds, check=True)
+        for label, run in peers.items():
+            found[label] = run(path, name, rounds, 1)["accuracy"]
+    if max(found.values()) - min(found.values()) > SAME:
+        sys.exit(f"{name}: not the same work, the accuracies after {1 + rounds} rounds differ: {found}")
+    return found
+
+
+def measure(name: str, work: Work, repeats: int, rounds: int, peers: dict[str, Peer]) -> dict[str, object]:
     data = load(work)
+    reached = accuracies(name, work, data, rounds, peers)
     contenders: dict[str, Iterator[float]] = {
         "single-model": single_model(work, data),
         "lamina": with_lamina(work, data, "auto"),
         "processes": with_lamina(work, data, "processes"),
         "loop": with_lamina(work, data, "loop"),
-        "naive": naive(work, data),
+        "naive": (seconds for seconds, _ in naive(work, data)),
     }
-    for label, python in peers.items():
-        contenders[label] = peer(python, f"{label}_work.py", name, work, data, repeats, rounds)
+    for label, run in peers.items():
+        contenders[label] = peer(run, name, work, data, repeats, rounds)
     for contender in contenders.values():
         next(contender)  # warm-up: allocation, forking
     seconds: dict[str, list[float]] = {label: [] for label in contenders}
@@ -284,6 +346,8 @@ def measure(name: str, work: Work, repeats: int, rounds: int, peers: dict[str, s
             "ratio": statistics.median(ratios),
             "ratio_low": min(ratios),
             "ratio_high": max(ratios),
+            "to_lamina": statistics.median([a / b for a, b in zip(s, seconds["lamina"], strict=True)]),
+            "accuracy": reached.get(label),
         }
     engine = federation(work, data, "auto", None)
     return {
@@ -292,19 +356,40 @@ def measure(name: str, work: Work, repeats: int, rounds: int, peers: dict[str, s
         "rows": rows,
         "auto": f"{engine.engine} x {engine.workers}: {engine.engine_reason}",
         "bookkeeping": bookkeeping(work, data, rounds),
+        "first_round": first_round(name),
     }
 
 
-def table(results: list[dict[str, object]]) -> str:
-    lines = ["| work | contender | s/round, median (min-max) | / single-model, median (min-max) |", "|---|---|---|---|"]
+FIRST_ROUND = """
+import sys; sys.path.insert(0, sys.argv[1])
+import speed
+work = speed.WORKS[sys.argv[2]]
+next(speed.with_lamina(work, speed.load(work), "auto"))
+"""
+
+
+def first_round(name: str) -> float:
+    """Seconds from the start of a process to the end of its first round, imports and the data's loading included."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", FIRST_ROUND, str(Path(__file__).parent), name]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| work | contender | s/round, median (min-max) | / single-model, median (min-max) | / lamina | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
     for result in results:
-        rows: dict[str, dict[str, float]] = result["rows"]  # type: ignore[assignment]
-        for label, r in rows.items():
+        for label, r in result["rows"].items():
+            reached = "" if r["accuracy"] is None else f"{r['accuracy']:.4f}"
             lines.append(
                 f"| {result['work']} | {label} | {r['seconds']:.3f} ({r['low']:.3f}-{r['high']:.3f}) "
-                f"| {r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f}) |"
+                f"| {r['ratio']:.2f} ({r['ratio_low']:.2f}-{r['ratio_high']:.2f}) | {r['to_lamina']:.2f} | {reached} |"
             )
-        lines.append(f"| {result['work']} | *auto = {result['auto']}; bookkeeping {result['bookkeeping']:.1%}* | | |")
+        more = f"bookkeeping {result['bookkeeping']:.1%}; start to first round {result['first_round']:.2f} s"
+        lines.append(f"| {result['work']} | *auto = {result['auto']}; {more}* | | | | |")
     return "\n".join(lines)
 
 
@@ -337,12 +422,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append the table to this Markdown file")
     arguments = parser.parse_args()
     keep_memory()
-    peers = {k: v for k in ("flower", "pfl") if (v := getattr(arguments, k))}
+    mkl.switch()
+    peers = {}
+    for label in ("flower", "pfl"):
+        python = getattr(arguments, label)
+        if python:
+            peers[label] = Peer(python, f"{label}_work.py", ours=False)
+            peers[f"{label} + ours"] = Peer(python, f"{label}_work.py", ours=True)
     results = []
     for name in arguments.works.split(","):
         results.append(measure(name, WORKS[name], arguments.repeats, arguments.rounds, peers))
         print(table(results[-1:]), flush=True)
-    text = f"{json.dumps(hardware())}\n\n`python benchmarks/speed.py {' '.join(sys.argv[1:])}`\n\n{table(results)}\n"
+    mkl_said = f"LAMINA_MKL={os.environ[mkl.VARIABLE]} " if mkl.asked_for() else ""
+    command = f"{mkl_said}python benchmarks/speed.py {' '.join(sys.argv[1:])}"
+    text = f"{json.dumps(hardware())}\n\n`{command}`\n\n{table(results)}\n"
     if arguments.out:
         with arguments.out.open("a") as file:
             file.write(text)

@@ -1,12 +1,16 @@
 """What the peers share: a work as benchmarks/speed.py wrote it, and its models in plain torch.
 
-Runs in the peers' environments, which have torch and no lamina.
+Runs in the peers' environments, which have torch and no lamina. A work that gives each client's batches and the first
+weights is there to be checked: then the peer also reports the accuracy it reaches.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,16 +32,35 @@ class Task(NamedTuple):
     batch_size: int
     lr: float
     momentum: float
+    given: dict[tuple[int, int], list[Tensor]]  # (round, client) -> batches; {}: the peer shuffles as it likes
+    initial: Tensor | None  # all weights, end to end
+    test: tuple[Tensor, Tensor] | None
 
     def count(self, client: int) -> int:
         """Local steps of a client."""
         return self.steps or self.epochs * -(-len(self.clients[client]) // self.batch_size)
 
+    def start(self, model: nn.Module) -> nn.Module:
+        """The model, from the weights with which training starts where they are given."""
+        if self.initial is not None:
+            state = model.state_dict()
+            parts = torch.split(self.initial, [x.numel() for x in state.values()])
+            model.load_state_dict({name: y.reshape(x.shape) for (name, x), y in zip(state.items(), parts, strict=True)})
+        return model
+
+    def accuracy(self, model: nn.Module) -> float | None:
+        if self.test is None:
+            return None
+        model.eval()
+        with torch.no_grad():
+            right = [model(x).argmax(1) == y for x, y in zip(*(t.split(1000) for t in self.test), strict=True)]
+        return float(torch.cat(right).float().mean())
+
 
 def load(path: str) -> Task:
     with np.load(path) as f:
         indices = torch.from_numpy(f["indices"])
-        return Task(
+        task = Task(
             torch.from_numpy(f["x"]),
             torch.from_numpy(f["y"]),
             list(torch.split(indices, np.diff(f["offsets"]).tolist())),
@@ -47,7 +70,38 @@ def load(path: str) -> Task:
             int(f["batch_size"]),
             float(f["lr"]),
             float(f["momentum"]),
+            {},
+            torch.from_numpy(f["initial"]) if "initial" in f else None,
+            (torch.from_numpy(f["test_x"]), torch.from_numpy(f["test_y"])) if "test_x" in f else None,
         )
+        if "batches" in f:
+            batches = iter(torch.split(torch.from_numpy(f["batches"]), f["sizes"].tolist()))
+            for t, cohort in enumerate(task.cohorts):
+                for client in cohort:
+                    task.given[t, client] = [next(batches) for _ in range(task.count(client))]
+        return task
+
+
+def report(seconds: Sequence[float], accuracy: float | None) -> None:
+    """The last line of a peer's output."""
+    print(json.dumps({"seconds": list(seconds), "accuracy": accuracy}), flush=True)
+
+
+def switch_mkl() -> None:
+    """MKL as lamina sets it, where the environment names lamina's file that does it."""
+    file = os.environ.get("LAMINA_MKL_FILE")
+    if file and os.environ.get("LAMINA_MKL"):
+        sys.path.insert(0, os.path.abspath(os.path.join(file, "../../..")))  # for lamina.errors
+        spec = importlib.util.spec_from_file_location("mkl", file)
+        assert spec is not None, file
+        assert spec.loader is not None, file
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["mkl"] = module
+        spec.loader.exec_module(module)
+        module.switch()
+
+
+switch_mkl()  # before the first product of any process that imports this file
 
 
 def rounds(task: Task, first: int, count: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Flower on one of the works of benchmarks/speed.py: `python flower_work.py WORK.npz WORK ROUNDS [FIRST]`.
 
-Prints seconds per round as a JSON list in the last line: from the start of FedAvg's configure_train to the end of its
+Prints seconds per round as JSON in the last line: from the start of FedAvg's configure_train to the end of its
 aggregate_train, after one round that is not reported (Ray's actors load the data in it). No evaluation.
 
 Flower's simulation runtime with its stock FedAvg, on Ray with one actor per core, one CPU per client, one torch thread
@@ -13,7 +13,6 @@ Needs `pip install -c constraints.txt "flwr[simulation]" torch` in an environmen
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -32,7 +31,7 @@ os.environ |= {
 }
 
 import torch
-from common import MODELS, Task, arguments, cores, load, rounds
+from common import MODELS, Task, arguments, cores, load, report, rounds
 from torch import nn
 
 try:
@@ -65,7 +64,8 @@ def train(message: Message, context: Context) -> Message:
     optimizer = torch.optim.SGD(model.parameters(), lr=task.lr, momentum=task.momentum)
     left = task.count(config["client"])
     while left > 0:
-        for batch in torch.split(indices[torch.randperm(len(indices))], task.batch_size)[:left]:
+        order = task.given.get((config["round"], config["client"]))
+        for batch in order or torch.split(indices[torch.randperm(len(indices))], task.batch_size)[:left]:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(task.x[batch]), task.y[batch]).backward()
             optimizer.step()
@@ -77,9 +77,9 @@ def train(message: Message, context: Context) -> Message:
 class GivenCohorts(FedAvg):
     """FedAvg that is told whom to train, and takes the time."""
 
-    def __init__(self, path: str, name: str, cohorts: list[list[int]]):
+    def __init__(self, path: str, name: str, cohorts: list[list[int]], first: int):
         super().__init__(fraction_evaluate=0.0)
-        self.path, self.name, self.cohorts = path, name, cohorts
+        self.path, self.name, self.cohorts, self.first = path, name, cohorts, first
         self.seconds: list[float] = []
 
     def configure_train(
@@ -87,13 +87,14 @@ class GivenCohorts(FedAvg):
     ) -> Iterable[Message]:
         self.began = time.perf_counter()
         cohort = self.cohorts[server_round - 1]
+        t = self.first + server_round - 2  # of WORK.npz
         return [
-            Message(RecordDict({"arrays": arrays, "config": self.config(client)}), node, MessageType.TRAIN)
+            Message(RecordDict({"arrays": arrays, "config": self.config(t, client)}), node, MessageType.TRAIN)
             for client, node in zip(cohort, grid.get_node_ids(), strict=True)
         ]
 
-    def config(self, client: int) -> ConfigRecord:
-        return ConfigRecord({"path": self.path, "name": self.name, "client": client})
+    def config(self, t: int, client: int) -> ConfigRecord:
+        return ConfigRecord({"path": self.path, "name": self.name, "client": client, "round": t})
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -110,16 +111,20 @@ class GivenCohorts(FedAvg):
 
 def main() -> None:
     path, name, count, first = arguments()
-    cohorts = rounds(load(path), first, count)
-    strategy = GivenCohorts(path, name, cohorts)
+    task = load(path)
+    cohorts = rounds(task, first, count)
+    strategy = GivenCohorts(path, name, cohorts, first)
     server = ServerApp()
+    model = MODELS[name]()
 
     @server.main()
     def serve(grid: Grid, context: Context) -> None:
         while len(list(grid.get_node_ids())) < len(cohorts[0]):  # they register while this is running
             time.sleep(0.05)
         torch.manual_seed(0)
-        strategy.start(grid, ArrayRecord(MODELS[name]().state_dict()), num_rounds=len(cohorts), timeout=1800)
+        weights = ArrayRecord(task.start(model).state_dict())
+        result = strategy.start(grid, weights, num_rounds=len(cohorts), timeout=1800)
+        model.load_state_dict(result.arrays.to_torch_state_dict())
 
     with tempfile.TemporaryDirectory(prefix="flwr-") as folder:
         os.environ["FLWR_HOME"] = folder
@@ -131,7 +136,7 @@ def main() -> None:
             ray.shutdown()
     if len(strategy.seconds) != len(cohorts):
         sys.exit(f"flower_work.py: {len(strategy.seconds)} of {len(cohorts)} rounds were run")
-    print(json.dumps(strategy.seconds[1:]), flush=True)
+    report(strategy.seconds[1:], task.accuracy(model))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """pfl-research on one of the works of benchmarks/speed.py: `python pfl_work.py WORK.npz WORK ROUNDS [FIRST]`.
 
-Prints seconds per round as a JSON list in the last line: whole central iterations (local training, all-reduce, central
+Prints seconds per round as JSON in the last line: whole central iterations (local training, all-reduce, central
 update), after one iteration that is not reported (pfl evaluates in its first one). No evaluation in the others.
 
 pfl's FederatedAveraging on its SimulatedBackend under `torchrun`, one process of one torch thread per core; the data of
@@ -13,7 +13,6 @@ Needs `pip install -c constraints.txt "pfl[pytorch]" torch` in an environment of
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 import time
@@ -23,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import MODELS, arguments, cores, load, rounds
+from common import MODELS, Task, arguments, cores, load, report, rounds
 from torch import Tensor, nn
 
 try:
@@ -60,13 +59,25 @@ class Trained(nn.Module):
 class Client(Dataset):
     """pfl's data set of one user; with `steps`, one pass has as many batches, going on from the start."""
 
-    def __init__(self, x: Tensor, y: Tensor, client: int, steps: int | None):
-        super().__init__((x, y), user_id=client)
-        self.steps = steps
+    def __init__(self, task: Task, client: int):
+        indices = task.clients[client]
+        super().__init__((task.x[indices], task.y[indices]), user_id=client)
+        self.steps = task.steps
 
     def iter(self, batch_size: int | None) -> Iterable[Any]:
         batches = super().iter(batch_size)
         return batches if self.steps is None else itertools.islice(itertools.cycle(batches), self.steps)
+
+
+class InOrder(Client):
+    """The same with batches that are given."""
+
+    def __init__(self, task: Task, client: int, round: int):
+        super().__init__(task, client)
+        self.batches = [(task.x[i], task.y[i]) for i in task.given[round, client]]
+
+    def iter(self, batch_size: int | None) -> Iterable[Any]:
+        return iter(self.batches)
 
 
 class Stopwatch(TrainingProcessCallback):
@@ -101,14 +112,18 @@ def main() -> None:
     np.random.seed(0)
     task = load(path)
     cohorts = rounds(task, first, count)
-    clients = [Client(task.x[i], task.y[i], client, task.steps) for client, i in enumerate(task.clients)]
+    clients = [] if task.given else [Client(task, client) for client in range(len(task.clients))]
+    stopwatch = Stopwatch()
+
+    def user(client: int) -> Dataset:
+        return InOrder(task, client, first - 1 + len(stopwatch.ends)) if task.given else clients[client]
+
     order: Iterator[int] = itertools.cycle(itertools.chain(*cohorts))  # pfl draws ahead
-    weights = {client: task.count(client) for client in range(len(clients))}
-    data = FederatedDataset(clients.__getitem__, partial(next, order), weights)
-    module = Trained(MODELS[name]())
+    weights = {client: task.count(client) for client in range(len(task.clients))}
+    data = FederatedDataset(user, partial(next, order), weights)
+    module = Trained(task.start(MODELS[name]()))
     central = torch.optim.SGD(module.parameters(), lr=1.0)
     model = PyTorchModel(module, partial(torch.optim.SGD, momentum=task.momentum), central)
-    stopwatch = Stopwatch()
     FederatedAveraging().run(
         NNAlgorithmParams(
             central_num_iterations=len(cohorts),
@@ -128,7 +143,7 @@ def main() -> None:
         send_metrics_to_platform=False,
     )
     if get_ops().distributed.global_rank == 0:
-        print(json.dumps(np.diff(stopwatch.ends).tolist()), flush=True)
+        report(np.diff(stopwatch.ends).tolist(), task.accuracy(module.model))
 
 
 if __name__ == "__main__":
