@@ -169,16 +169,40 @@ def test_what_cannot_be_stacked_trains_otherwise_and_says_why(model: str, why: s
     assert next(fed.run(1))[1].accuracy is not None
 
 
-def test_auto_stacks_small_networks_of_linear_layers_alone() -> None:
+def test_auto_writes_out_networks_of_linear_layers_and_stacks_small_ones() -> None:
     data = lamina.data.digits(clients=32, partition="iid")
     small, large = lamina.models.mlp((64, 32, 10)), lamina.models.mlp((64, 2000, 10))
     chosen = lamina.Federation(small, data)
     assert chosen.engine == "stacked"
     assert "2,410 parameters in linear layers, 8 clients at a time" in chosen.engine_reason
-    assert lamina.Federation(large, data).engine != "stacked"
+    alone = lamina.Federation(large, data)
+    assert alone.engine == "stacked"
+    assert "150,010 parameters in linear layers, one client at a time" in alone.engine_reason
+    assert lamina.Federation(large, data, local=LocalSGD(momentum=0.9)).engine != "stacked"  # has to make a gradient
+    assert lamina.Federation(large, data, method=lamina.FedProx(mu=0.1)).engine != "stacked"
+    assert lamina.Federation(large, data, cohort=1).engine != "stacked"
     assert lamina.Federation(small, data, cohort=4).engine != "stacked"  # too few to fill a stack
     assert lamina.Federation(small, data, engine="loop").engine == "loop"
     assert lamina.Federation(small, data, loss=lambda o, y: nn.functional.cross_entropy(o, y)).engine != "stacked"
+
+
+@pytest.mark.parametrize("from_left", [False, True])
+def test_one_client_at_a_time_is_the_same_training(from_left: bool) -> None:
+    data, model = lamina.data.digits(clients=8, partition="dirichlet:0.5"), lamina.models.mlp((64, 2000, 10))
+    found = []
+    for engine in ("loop", "stacked"):
+        fed = lamina.Federation(model, data, local=LocalSGD(lr=0.1, batch_size=10), engine=engine, cohort=4, workers=2)
+        if engine == "stacked":
+            assert fed._stack.width == 1
+            fed._stack.gradient._from_left = from_left
+        found.append(list(fed.run(3)))
+    for (state, record), (other, its) in zip(*found, strict=True):
+        for name, x in state.params.items():
+            torch.testing.assert_close(other.params[name], x, rtol=1e-4, atol=1e-6)
+        assert (record.bytes_up, record.bytes_down) == (its.bytes_up, its.bytes_down)
+        assert [c.steps for c in record.clients] == [c.steps for c in its.clients]
+        for name, row in record.layers.items():
+            assert its.layers[name].divergence == pytest.approx(row.divergence, rel=1e-3)
 
 
 def test_a_client_that_diverges_is_refused_and_the_others_count() -> None:

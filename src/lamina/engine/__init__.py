@@ -11,7 +11,7 @@ from lamina.engine import children, cuda, gemm, processes
 from lamina.engine.base import Engine, Worker
 from lamina.engine.loop import LoopEngine
 from lamina.engine.processes import ProcessEngine
-from lamina.engine.stack import WIDTH, Stack, Vmapped, minibatches
+from lamina.engine.stack import WIDTH, Stack, Vmapped, descends, minibatches
 from lamina.errors import ConfigError, expect, is_whole
 from lamina.training import Trainer, batches
 from lamina.tree import Params
@@ -37,8 +37,8 @@ def choose(
 ) -> tuple[str, int, str]:
     """Name, workers and reason of the engine to use, from static features only: results never depend on a timing.
 
-    Small networks of linear layers are stacked; else one client per core wins on every work of docs/performance.md, the
-    one whose model exceeds the cache included. A GPU is not taken unasked as long as nobody has measured it.
+    Networks of linear layers are written out, small ones stacked; else one client per core wins on every work of
+    docs/performance.md. A GPU is not taken unasked as long as nobody has measured it.
 
     Args:
         name: what was asked for; "auto" applies the rule.
@@ -99,10 +99,13 @@ def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort:
     batch = setup.local.batch_size or int(setup.data.sizes.max())
     light = parameters <= _SMALL and 6 * parameters * batch <= _LIGHT
     width = min(WIDTH, -(-cohort // 4))  # a function of the cohort, not of the cores: results do not depend on them
-    if name == "auto" and (written is None or not light or width < _FEWEST):
+    if written is not None and not light:
+        width = 1  # what is won is the step without a gradient
+    gains = written is not None and (width >= _FEWEST if light else descends(setup) and cohort > 1)
+    if name == "auto" and not gains:
         if trainer.local.precision != "fp32":
             return None, f"only fp32 is written out, not {trainer.local.precision}"
-        return None, "not a small network of linear layers, or few clients a round"
+        return None, "not a network of linear layers under plain SGD, or few clients a round"
     if trainer.buffers:
         return None, f"the model has buffers ({next(iter(trainer.buffers))}), which training may change"
     stack = Stack(trainer, written or Vmapped(trainer), width)
@@ -112,7 +115,7 @@ def stack_for(name: str, trainer: Trainer, setup: Setup, params: Params, cohort:
     how = f"{parameters:,} parameters in linear layers" if written else "asked for, by torch's vmap"
     if trainer.local.precision != "fp32":
         how += f" (only fp32 is written out, not {trainer.local.precision})"
-    return stack, f"{how}, {width} clients at a time"
+    return stack, f"{how}, {'one client' if width == 1 else f'{width} clients'} at a time"
 
 
 def _tried(stack: Stack, trainer: Trainer, setup: Setup, params: Params) -> str:

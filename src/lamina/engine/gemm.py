@@ -1,6 +1,6 @@
 """The gradient of K clients' stacked small networks, written out: linear layers with ReLU or tanh between them, an
 embedding in front, softmax cross-entropy behind. Three times as fast as vmap; a step of plain SGD makes no gradient:
-the outer product that it is goes straight into the weights.
+the outer product that it is goes straight into the weights. So a large network gains too, one client at a time.
 
     forward    a_0 = x,  z_l = a_(l-1) W_l' + b_l,  a_l = relu(z_l)
     loss       -log softmax(z_L)[y], the mean over the minibatch
@@ -9,13 +9,14 @@ the outer product that it is goes straight into the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lamina.engine import mkl
 from lamina.engine.stack import Minibatches
 from lamina.training import Trainer
 from lamina.tree import Params
@@ -31,14 +32,8 @@ class Embedding(NamedTuple):
 
 
 Operation = Linear | Embedding | str  # "relu" | "tanh" | "flatten"
-
-
-class Slope(NamedTuple):
-    """The gradient of one layer, not yet multiplied out: weight d'a, bias sum d. Of an embedding: rows and their d."""
-
-    layer: Linear | Embedding
-    d: Tensor  # [m, b, outputs]; [m, b * length, width]
-    a: Tensor  # [m, b, inputs];  [m, b * length] token ids
+_OfLinear: TypeAlias = Callable[[Linear, Tensor, Tensor, bool], Tensor]  # d [m, b, outputs], a [m, b, inputs]
+_OfEmbedding: TypeAlias = Callable[[Embedding, Tensor, Tensor], None]  # d [m, b * length, width], ids [m, b * length]
 
 
 class Gemm:
@@ -46,34 +41,48 @@ class Gemm:
 
     def __init__(self, operations: list[Operation]):
         self._operations = operations
+        self._from_left = mkl.asked_for()
         # entries of the first layer's input need no gradient
         self._lowest = next(i for i, o in enumerate(operations) if not isinstance(o, str))
 
     def __call__(self, weights: Params, given: Minibatches) -> tuple[Params, Tensor]:
         grads: Params = {}
-        losses, slopes = self._slopes(weights, given)
-        for layer, d, a in slopes:
-            if isinstance(layer, Embedding):
-                grads[layer.weight] = _rows(layer, weights, d, a)
-                continue
+
+        def linear(layer: Linear, d: Tensor, a: Tensor, below: bool) -> Tensor:
             grads[layer.weight] = torch.bmm(d.mT, a)
             if layer.bias is not None:
                 grads[layer.bias] = d.sum(1)
+            return torch.bmm(d, weights[layer.weight]) if below else d
+
+        def embedding(layer: Embedding, d: Tensor, tokens: Tensor) -> None:
+            grads[layer.weight] = _rows(layer, weights, d, tokens)
+
+        losses = self._walk(weights, given, linear, embedding)
         return {name: grads[name] for name in weights}, losses
 
     def descend(self, weights: Params, given: Minibatches, lr: float) -> Tensor:
-        losses, slopes = self._slopes(weights, given)
-        for layer, d, a in slopes:  # a slope comes when the layer's weights are no longer needed
-            if isinstance(layer, Embedding):
-                weights[layer.weight].sub_(_rows(layer, weights, d, a), alpha=lr)
-                continue
-            weights[layer.weight].baddbmm_(d.mT, a, alpha=-lr)
+        def linear(layer: Linear, d: Tensor, a: Tensor, below: bool) -> Tensor:
             if layer.bias is not None:
                 weights[layer.bias].sub_(d.sum(1), alpha=lr)
-        return losses
+            w = weights[layer.weight]
+            made = torch.bmm(d, w) if below else d
+            w.baddbmm_(d.mT, a, alpha=-lr)
+            return made
 
-    def _slopes(self, weights: Params, given: Minibatches) -> tuple[Tensor, Iterator[Slope]]:
-        """Losses [m], and the slopes from the last layer to the first."""
+        def embedding(layer: Embedding, d: Tensor, tokens: Tensor) -> None:
+            weights[layer.weight].sub_(_rows(layer, weights, d, tokens), alpha=lr)
+
+        return self._walk(weights, given, linear, embedding)
+
+    def _product(self, a: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        """a w' + bias. With MKL's kernels for Intel a minibatch of ten takes half the time from the right: (w a')'."""
+        if self._from_left and len(w) == 1 and a.dim() == 3:
+            a = torch.mm(w[0], a[0].T.contiguous()).T.contiguous()[None]
+            return a if bias is None else a.add_(bias)
+        return torch.bmm(a, w.mT) if bias is None else torch.baddbmm(bias, a, w.mT)
+
+    def _walk(self, weights: Params, given: Minibatches, linear: _OfLinear, embedding: _OfEmbedding) -> Tensor:
+        """Forward, then back from the last layer to the first; losses [m]."""
         x: Any = given.x
         y: Any = given.y
         share = _shares(given.sizes, next(iter(weights.values())).dtype)
@@ -82,8 +91,8 @@ class Gemm:
         for operation in self._operations:
             if isinstance(operation, Linear):
                 kept.append(a)
-                w = weights[operation.weight].mT
-                a = torch.bmm(a, w) if operation.bias is None else torch.baddbmm(weights[operation.bias][:, None], a, w)
+                bias = None if operation.bias is None else weights[operation.bias][:, None]
+                a = self._product(a, weights[operation.weight], bias)
             elif isinstance(operation, Embedding):
                 kept.append(a)
                 a = weights[operation.weight][torch.arange(len(a))[:, None, None], a]
@@ -98,21 +107,17 @@ class Gemm:
         losses = -(scores.gather(2, target).squeeze(2) * share).sum(1)
         d = scores.exp_().scatter_add_(2, target, torch.full((), -1.0, dtype=a.dtype).expand(target.shape))
         d *= share if isinstance(share, float) else share.unsqueeze(2)
-        return losses, self._back(weights, d, kept)
-
-    def _back(self, weights: Params, d: Tensor, kept: list[Tensor]) -> Iterator[Slope]:
         for i in reversed(range(self._lowest, len(self._operations))):
             operation, a = self._operations[i], kept[i]
             if isinstance(operation, Embedding):
-                yield Slope(operation, d.flatten(1, 2), a.flatten(1))
+                embedding(operation, d.flatten(1, 2), a.flatten(1))
             elif isinstance(operation, Linear):
-                below = torch.bmm(d, weights[operation.weight]) if i > self._lowest else d
-                yield Slope(operation, d, a)
-                d = below
+                d = linear(operation, d, a, i > self._lowest)
             elif operation == "flatten":
                 d = d.reshape(a.shape)
             else:
                 d = torch.ops.aten.threshold_backward(d, a, 0) if operation == "relu" else d * (1 - a * a)
+        return losses
 
 
 def recognise(trainer: Trainer) -> Gemm | None:

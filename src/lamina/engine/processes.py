@@ -187,7 +187,8 @@ class _Pool:
 
     def _give(self, pipe: Connection, clients: Sequence[int], rows: Mapping[int, Row], slot: int) -> None:
         start = slot * self._slot
-        given = {i: rows[client] for i, client in enumerate(clients) if client in rows}
+        known = ((i, rows[client]) for i, client in enumerate(clients) if client in rows)
+        given = {i: row for i, row in known if row.method != () or row.buffers}  # else it is a newcomer's
         entries, end = self._replies.write(
             {f"{i}": flatten(row) for i, row in given.items()}, start, start + self._slot
         )

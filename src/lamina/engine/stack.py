@@ -36,7 +36,7 @@ Judge = Callable[[Params], Message]
 
 
 class Minibatches(NamedTuple):
-    """One minibatch of each of m clients. One of less than b examples is filled up with its first."""
+    """One minibatch of each of m clients. One of less than b examples is filled up with its own."""
 
     x: Batch  # [m, b, ...]
     y: Batch
@@ -130,8 +130,7 @@ class Stack:
         local, method, data = setup.local, setup.method, setup.data
         weights = _stacked([start.params for start in starts])
         correct = _mapped(setup, plan, [start.row.method for start in starts]) if method.has("correct") else None
-        plain = correct is None and not (local.clip or local.weight_decay or local.momentum or wanted)
-        descend = self.gradient.descend if plain else None
+        descend = self.gradient.descend if descends(setup) and not wanted else None
         steps = [local.count(n) for n in data.sizes_of(clients)]
         source = minibatches(setup, plan.round, clients, steps, getattr(data.transform, "augments", True))
         self.trainer.model.train()
@@ -173,6 +172,13 @@ class Stack:
                 x.add_(g[name], alpha=-plan.lr)
         means = (total / torch.tensor(steps, dtype=torch.float64)).tolist()
         return Together(weights, last, means, steps)
+
+
+def descends(setup: Setup) -> bool:
+    """Whether a local step is plain SGD, for which no gradient has to be made."""
+    local, method = setup.local, setup.method
+    hooked = method.has("correct") or method.has("report")
+    return not (hooked or local.clip or local.weight_decay or local.momentum)
 
 
 def minibatches(
@@ -306,7 +312,8 @@ def _plain(stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], done:
         tree: {name: _mean(x, even if tree in uniform else shares) for name, x in content.items()}
         for tree, content in trees.items()
     }
-    if not all(torch.isfinite(x).all() for content in message.values() for x in content.values()):
+    looked = message["moments" if setup.moments else "update"]  # a finite sum of squares has finite terms
+    if not all(torch.isfinite(x).all() for x in looked.values()):
         return None
     one: Message = {
         "update": {name: x[0] for name, x in update.items()},
@@ -322,6 +329,8 @@ def _plain(stack: Stack, setup: Setup, plan: Plan, clients: Sequence[int], done:
 
 def _mean(x: Tensor, shares: Tensor) -> Tensor:
     """Weighted by shares [K]: of [K, ...], in its own precision."""
+    if len(x) == 1:
+        return x[0]
     made: Tensor = (shares.to(x.dtype) @ x.reshape(len(x), -1)).view(x.shape[1:])
     return made
 
