@@ -395,14 +395,14 @@ def test_keys_are_new_every_time_and_no_bit_depends_on_them() -> None:
 def test_every_byte_that_is_said_is_in_the_ledger() -> None:
     """5 clients, threshold 3, in frames of 39, 41 and 41 bytes beside what is in them.
 
-    up     keys 64 each; shares for 4 others, 4 + 82 each; unmask for 5, 4 + 33 each
+    up     keys 96 each; shares for 4 others, 4 + 82 each; unmask for 5, 4 + 33 each
     down   keys of 5, 4 + 64 each; shares of 4 others; a list of 5 numbers
     """
     (_, record), *_ = federation(SecureSum()).run(1)
     rows = {(t.direction, t.layer): t.bytes for t in record.traffic}
     around = {"_keys": 33, "_shares": 36, "_unmask": 35}
     expected = {
-        ("up", "_keys"): 64, ("up", "_shares"): 4 * 86, ("up", "_unmask"): 5 * 37,
+        ("up", "_keys"): 96, ("up", "_shares"): 4 * 86, ("up", "_unmask"): 5 * 37,
         ("down", "_keys"): 5 * 68, ("down", "_shares"): 4 * 86, ("down", "_unmask"): 5 * 4,
     }  # fmt: skip
     found = {key: rows[key] / 5 - around[key[1]] for key in expected}

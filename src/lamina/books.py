@@ -39,7 +39,7 @@ class Books:
         self.lost: list[dict[str, str]] = []  # those of messages that were needed and could not be used
         self.accepted = 0
         self.skipped = ""  # why, where the round changes nothing
-        self._beside: Counter[int] = Counter()  # bytes that came beside a client's answer, until there is its record
+        self._beside: Counter[tuple[str, int]] = Counter()  # bytes beside a client's answer, until there is its record
         self.before: list[float | None] = []  # accuracy of the accepted clients' own models
         self.share = 0.0  # of the accepted messages, by weight
         self.residual: dict[str, float] = defaultdict(float)  # weighted mean |r|^2, by layer
@@ -64,7 +64,7 @@ class Books:
         self.up[phase, "_unused"] += came
         known = next((i for i, record in enumerate(self.clients) if record.client == reply.client), None)
         if known is None:
-            self._beside[reply.client] += came
+            self._beside[phase, reply.client] += came
         else:
             self.clients[known] = self.clients[known]._replace(bytes_up=self.clients[known].bytes_up + came)
         self.events.append(_event(name, reply))
@@ -79,7 +79,7 @@ class Books:
 
     def client(self, c: int, name: str, examples: int, reply: Reply, up: int, down: int, phase: str) -> None:
         refused = None if reply.refused is None else reply.code
-        up += self._beside.pop(c, 0)
+        up += self._beside.pop((phase, c), 0)
         self.exchanges[phase].append(Exchange(c, up, down, reply.steps))
         if phase == "round":
             self.clients.append(ClientRecord(c, name, examples, reply.steps, reply.loss, up, down, refused))
@@ -190,6 +190,10 @@ _EVENTS = {  # code -> message, remedy
     "E323": (f"its node has other settings: {_NOT_USED}", _SAME),
     "E330": ("an answer in another client's place: it is not used", "look at its node, and at what is between"),
     "E331": ("a second answer: the first one counts", "look at what is between its node and the server"),
+    "E336": (
+        f"it does not take a step of the secure sum: {_NOT_USED}",
+        "see whether its node was started again during the round; else what it was asked for is not the protocol's",
+    ),
     "E332": ("an answer to another round: it is not used", "a longer faults.reply_deadline_s, if it is often late"),
 }
 _BYTES = (

@@ -68,6 +68,7 @@ class Reply(NamedTuple):
     layer: str = ""  # that the refusal is about, where it does not name one itself
     beside: bool = False  # it is refused and not the answer that its client owes, which may still come
     down: dict[str, wire.Size] = {}  # noqa: RUF012 exact bytes of what it was sent beside the plan
+    sent: bool = True  # whether it was sent the plan at all
 
 
 class Start(NamedTuple):

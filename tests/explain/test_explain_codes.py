@@ -29,6 +29,7 @@ ELSEWHERE = {  # code -> why its page cannot show it here; the page says so too
     "E333": "a letter that is sent again",
     "E334": "a node with another key",
     "E335": "two runs with one key",
+    "E336": "a node that is started again",
     "E315": "a Flower node without its data",
     "E316": "Flower's programs, a port in use",
     "E406": "two processes",

@@ -23,7 +23,7 @@ from lamina.errors import ConfigError, RunError, WireError
 from lamina.flower.records import packed, unpacked
 from lamina.flower.settings import NodeKeys, back, keys_of, loaded
 from lamina.redaction import hidden
-from lamina.remote import AtNode, DiskShelf, Node, Roll, bundled, unbundled
+from lamina.remote import AtNode, DiskShelf, FileVault, Node, Roll, bundled, unbundled
 from lamina.remote.roll import called
 
 _COUNTER = "lamina"
@@ -108,7 +108,8 @@ def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) ->
     shelf = DiskShelf(fed, keys.state_dir, experiment)
     signs = keys_of(config)
     signing = None if signs is None else AtNode(signs, experiment)
-    with Node(fed, shelf, back=back(config), signing=signing) as node:
+    vault = None if fed.secure is None else FileVault(keys.secret_dir, experiment)
+    with Node(fed, shelf, back=back(config), signing=signing, vault=vault) as node:
         return bundled(node.answer(unbundled(blob, (node.longest + _PER_PART) * len(asked) + _SLACK)))
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import xxhash
 
 from lamina import wire
-from lamina.config import CENTRALISED, Config, load
+from lamina.config import CENTRALISED, Config, load, secure_of
 from lamina.errors import ConfigError, expect, is_number, is_whole
 from lamina.remote.keys import Keys, opened
-from lamina.remote.message import expect_raw, expect_taken_together
+from lamina.remote.message import expect_in_the_clear, expect_raw, expect_taken_together
 
 CONFIG_FILE = "lamina.toml"
 
@@ -75,12 +75,14 @@ class NodeKeys:
     Args:
         mine: which of the clients that the config's data has are here.
         state_dir: where this node keeps what its clients remember.
+        secret_dir: where secrets of a secure sum are during a round; None: in memory, see `lamina.remote.FileVault`.
         data: `data.*` and `sign.*` keys of the config that are this node's own, as on a command line.
     """
 
     mine: str
     state_dir: Path
     data: tuple[str, ...]
+    secret_dir: Path | None = None
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> NodeKeys:
@@ -93,7 +95,9 @@ class NodeKeys:
         named = xxhash.xxh3_64_hexdigest(repr(sorted(table.items())).encode())
         folder = table.get("state-dir") or Path.home() / ".lamina" / "nodes" / named
         data = [f"{key}={_said(value)}" for key, value in table.items() if key.startswith(("data.", "sign."))]
-        return cls(mine, Path(str(folder)).expanduser(), tuple(data))
+        secret = table.get("secret-dir") or None
+        secret_dir = None if secret is None else Path(str(secret)).expanduser()
+        return cls(mine, Path(str(folder)).expanduser(), tuple(data), secret_dir)
 
     def chosen(self, count: int) -> list[int]:
         """Positions among `count` clients. Raises ConfigError E103."""
@@ -151,6 +155,7 @@ def expect_together(config: Config) -> None:
     part = config.uplink
     expect_raw(part.entry if part.entry is not None else wire.parse({"name": part.name, **part.arguments}))
     expect_taken_together(config.aggregate.title, config.faults.norm)
+    expect_in_the_clear(secure_of(config))
 
 
 def back(config: Config) -> int:

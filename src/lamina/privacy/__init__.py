@@ -6,6 +6,7 @@
     noise        random numbers that nobody guesses
     secure       SecureSum and what it refuses
     summing      a round of a federation as a secure sum, every byte counted
+    trees        what goes into a sum, as elements of rings and back
     protocol     client and server of a sum: keys, shares, masked vectors, unmasking
     keys         X25519, HKDF, ChaCha20 (the package `cryptography`)
     shamir       t of n shares of a secret

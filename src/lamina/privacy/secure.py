@@ -12,7 +12,7 @@ from lamina.method import Chain, Method
 from lamina.privacy.fixed import WIDE, exponent
 from lamina.privacy.keys import expect_installed
 
-_FEWEST = 3  # of two, each would know the other's update from the sum and its own
+FEWEST = 3  # of two, each would know the other's update from the sum and its own
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def expect_additive(secure: SecureSum, method: Method[Any, Any], given: Plain) -
         "nothing, and with masks the server could not clip", "secure", "one of the two",
     )  # fmt: skip
     refuse(
-        given.cohort >= _FEWEST, f"a cohort of {given.cohort}", "two clients know each other's update from the sum, "
-        "and the sum of one is its update", "cohort", f"at least {_FEWEST}",
+        given.cohort >= FEWEST, f"a cohort of {given.cohort}", "two clients know each other's update from the sum, "
+        "and the sum of one is its update", "cohort", f"at least {FEWEST}",
     )  # fmt: skip
     exponent(secure.bits, given.cohort, secure.limit)
 

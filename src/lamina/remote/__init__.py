@@ -15,6 +15,9 @@ What carries the bytes is a `Post`; nothing here knows of a network. The numbers
 Many clients at one node cost little more than one: `bundled` has the plan that they are sent once, they are trained
 by the engine of their machine, and with `over(..., together=True)` they send one message.
 
+Where `secure` is set, four letters take the place of one, and no message in the clear is ever sent: `summing` is the
+server's side of it, `masking` the nodes', `vault` where their secrets are meanwhile.
+
 With `signing=AtServer(opened("env:NAME"), run)` at the server and `AtNode` at the nodes all of it is signed: see
 `signing`, and `keys` for who signs.
 
@@ -24,16 +27,19 @@ the server meant: letters carry a fingerprint, and who reads another plan says s
 
 from __future__ import annotations
 
+from lamina.remote.asked import Lost, Post
 from lamina.remote.bundle import bundled, unbundled
 from lamina.remote.envelope import Answer, Letter, fingerprint
 from lamina.remote.keys import opened
 from lamina.remote.node import Node
 from lamina.remote.roll import Roll, register
-from lamina.remote.server import Lost, Post, RemoteEngine, over
+from lamina.remote.server import RemoteEngine, over
 from lamina.remote.shelf import DiskShelf, Holding, MemoryShelf, Shelf
 from lamina.remote.signing import AtNode, AtServer
+from lamina.remote.vault import FileVault, MemoryVault, Vault
 
 __all__ = [
-    "Answer", "AtNode", "AtServer", "DiskShelf", "Holding", "Letter", "Lost", "MemoryShelf", "Node", "Post",
-    "RemoteEngine", "Roll", "Shelf", "bundled", "fingerprint", "opened", "over", "register", "unbundled",
+    "Answer", "AtNode", "AtServer", "DiskShelf", "FileVault", "Holding", "Letter", "Lost", "MemoryShelf", "MemoryVault",
+    "Node", "Post", "RemoteEngine", "Roll", "Shelf", "Vault", "bundled", "fingerprint", "opened", "over", "register",
+    "unbundled",
 ]  # fmt: skip

@@ -6,6 +6,9 @@
     4   4  u32 H, length of the head                                    then a frame (`lamina.wire.frame`), to the end
     8   8  XXH3-64 of the head, seeded with that of bytes 0..7
 
+A letter that belongs to a secure sum has magic "LMS1", and between head and frame `u32 L` and the L bytes of that
+step's own frame; where there is no plan with it, nothing follows.
+
 Heads belong to the transport: no ledger counts them. Frames are what the ledger counts. A head may end with a signature
 of itself and of the frame (`lamina.remote.signing`).
 """
@@ -33,7 +36,9 @@ from lamina.wire import Schema, Spec
 from lamina.wire import frame as frames
 from lamina.wire.container import Buffer, as_view, checksum
 
+_PLAIN, _STEP = b"LML1", b"LMS1"  # letters
 _FRONT = struct.Struct("<4sI")
+_LENGTH = struct.Struct("<I")
 _START = _FRONT.size + 8
 HEAD_MOST = 1 << 24  # bytes of a head
 
@@ -80,14 +85,45 @@ def expect_by(who: str | None, blob: Buffer, keys: Keys) -> None:
 
 
 def sections_at(blob: Buffer) -> int:
-    """Where the sections of the frame in a letter or an answer begin; at its end where there is none."""
+    """Where the sections of the last frame in a letter or an answer begin; at its end where there is none."""
     try:
-        start = _START + _FRONT.unpack_from(blob)[1]
+        magic, size = _FRONT.unpack_from(blob)
+        start = _START + size
+        if magic == _STEP:
+            own = start + _LENGTH.size
+            behind = own + _LENGTH.unpack_from(blob, start)[0]
+            start = behind if behind < len(blob) else own
         _, _, head = frames.FRONT.unpack_from(blob, start)
     except struct.error:
         return len(blob)
     cut: int = min(start + frames.FRONT.size + 8 + head, len(blob))
     return cut
+
+
+class Step(NamedTuple):
+    """Which step of a secure sum a letter asks for.
+
+    Args:
+        name: one of `STEPS`.
+        frame: what it says of the sum; empty for the first.
+        asked: how many clients were asked.
+        largest: the largest of their weights, before they are normalised.
+    """
+
+    name: str
+    frame: Buffer = b""
+    asked: int = 0
+    largest: float = 0.0
+
+    @classmethod
+    def of(cls, said: Any, frame: Buffer) -> Step:
+        """Raises WireError for what is none."""
+        if not isinstance(said, list) or [type(x) for x in said] != [str, int, float] or said[0] not in STEPS:
+            raise WireError("what is said of a secure sum has not the form of it", code="E345")
+        return cls(said[0], frame, said[1], said[2])
+
+
+STEPS = ("keys", "shares", "masked", "unmask")
 
 
 class Letter(NamedTuple):
@@ -102,6 +138,7 @@ class Letter(NamedTuple):
         frame: the plan.
         terms: `terms.stamp` of the server's.
         signed: what it says where it is signed.
+        step: of a secure sum; the plan goes with "masked" alone.
     """
 
     kind: str
@@ -114,6 +151,7 @@ class Letter(NamedTuple):
     frame: Buffer
     terms: str = ""
     signed: Signed | None = None
+    step: Step | None = None
 
     def packed(self, keys: Keys | None = None) -> bytes:
         head: dict[str, Any] = {
@@ -135,12 +173,21 @@ class Letter(NamedTuple):
                 tree: {name: [str(spec.dtype).removeprefix("torch."), *spec.shape] for name, spec in schema.items()}
                 for tree, schema in self.shared.items()
             }
-        return seal(b"LML1", head, self.frame, keys=keys)
+        if self.step is None:
+            return seal(_PLAIN, head, self.frame, keys=keys)
+        name, frame, asked, largest = self.step
+        head["step"] = [name, asked, float(largest)]
+        return seal(_STEP, head, _LENGTH.pack(len(frame)), frame, self.frame, keys=keys)
 
     @classmethod
     def unpacked(cls, blob: Buffer, max_bytes: int | None = None) -> Letter:
         """Raises WireError and nothing else; E340 for more than `max_bytes`, before anything in it is looked at."""
-        head, frame = unseal(b"LML1", blob, max_bytes)
+        stepping = bytes(as_view(blob, max_bytes)[:4]) == _STEP
+        head, frame = unseal(_STEP if stepping else _PLAIN, blob, max_bytes)
+        step = None
+        if stepping:
+            own, frame = _cut(frame)
+            step = Step.of(head.get("step"), own)
         try:
             shared = {
                 str(tree): {str(name): _spec(form) for name, form in schema.items()}
@@ -157,9 +204,20 @@ class Letter(NamedTuple):
                 frame,
                 str(head.get("terms", "")),
                 Signed.of(head.get("signed")),
+                step,
             )
         except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
             raise WireError(f"the head is not that of a letter: {error!r}", code="E345") from None
+
+
+def _cut(content: memoryview) -> tuple[memoryview, memoryview]:
+    """A step's own frame, and the plan's. Raises WireError."""
+    if len(content) < _LENGTH.size:
+        raise WireError(f"{len(content)} bytes of a step, expected at least {_LENGTH.size}", code="E340")
+    end = _LENGTH.size + _LENGTH.unpack_from(content)[0]
+    if end > len(content):
+        raise WireError(f"a step of {end} bytes in {len(content)}", code="E340")
+    return content[_LENGTH.size : end], content[end:]
 
 
 class Member(NamedTuple):
@@ -185,13 +243,16 @@ class Answer(NamedTuple):
 
     Args:
         said: "message"; "plan": it cannot read the plan with what it holds; "row": it does not have the state that it
-            had after the round that the plan names as accepted; "terms": it has other ones; "failed": it cannot answer.
+            had after the round that the plan names as accepted; "terms": it has other ones; "failed": it cannot answer;
+            "out": it leaves itself out of a secure sum.
         plan: the letter's fingerprint; "" when no letter could be read.
         why: for "message" the reason why the client itself refuses it ("" for none), else what is the matter.
         frame: the message; empty but for "message".
         members: of a message for several clients, this one first; their local steps and losses.
         terms: for "terms" those that it has.
         signed: of its letter, where it is signed.
+        step: of a secure sum that it answers; "" for none.
+        code, layer: of the reason, for "out" and "failed"; "" where there is none.
     """
 
     said: str
@@ -202,6 +263,9 @@ class Answer(NamedTuple):
     members: tuple[Member, ...] = ()
     terms: Mapping[str, str] = MappingProxyType({})
     signed: Signed | None = None
+    step: str = ""
+    code: str = ""
+    layer: str = ""
 
     def packed(self, keys: Keys | None = None) -> bytes:
         head: dict[str, Any] = {"said": self.said, "client": self.client, "plan": self.plan, "why": self.why}
@@ -211,6 +275,7 @@ class Answer(NamedTuple):
             head["terms"] = dict(self.terms)
         if self.signed is not None:
             head["signed"] = self.signed.said()
+        head |= {key: x for key in ("step", "code", "layer") if (x := getattr(self, key))}
         return seal(b"LMA1", head, self.frame, keys=keys)
 
     @classmethod
@@ -218,7 +283,8 @@ class Answer(NamedTuple):
         """Raises WireError and nothing else; E340 for more than `max_bytes`, before anything in it is looked at."""
         head, frame = unseal(b"LMA1", blob, max_bytes)
         said, client, plan, why = (head.get(key) for key in ("said", "client", "plan", "why"))
-        known = said in ("message", "plan", "row", "terms", "failed") and isinstance(plan, str) and isinstance(why, str)
+        step, code, layer = (head.get(key, "") for key in ("step", "code", "layer"))
+        known = said in _SAID and all(isinstance(text, str) for text in (plan, why, step, code, layer))
         if not known or type(client) is not int:
             raise WireError("the head is not that of an answer", code="E345")
         members = head.get("members", [])
@@ -226,9 +292,12 @@ class Answer(NamedTuple):
         if not isinstance(members, list) or not all(map(_is_member, members)) or not _are_terms(terms):
             raise WireError("the head is not that of an answer", code="E345")
         reason, counted = str(why)[:LONGEST_REASON], tuple(Member(*m) for m in members)
-        return cls(str(said), client, str(plan), reason, frame, counted, terms, Signed.of(head.get("signed")))
+        signed, about = Signed.of(head.get("signed")), (step, code[:LONGEST_CODE], layer[:LONGEST_REASON])
+        return cls(str(said), client, str(plan), reason, frame, counted, terms, signed, *about)
 
 
+_SAID = ("message", "plan", "row", "terms", "failed", "out")
+LONGEST_CODE = 8  # characters
 LONGEST_REASON = 500  # characters
 
 

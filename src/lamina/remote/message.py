@@ -18,6 +18,7 @@ from lamina.aggregate import Mean, total
 from lamina.client import DENSE, Reply, Setup, non_finite, uplink_context
 from lamina.errors import LaminaError, WireError, expect
 from lamina.method import Plan
+from lamina.privacy.secure import SecureSum
 from lamina.remote.envelope import Answer, Member
 from lamina.tree import Message
 from lamina.wire import Schema, frame
@@ -135,6 +136,12 @@ def expect_taken_together(rule: str, norm: str) -> None:
     for where, said, plain in (("aggregate", rule, "mean"), ("faults.norm", norm, "off")):
         message = f"together=True with {where}={said!r}: it looks at every client's update"
         expect(said == plain, message, code="E118", where=where, remedy=remedy)
+
+
+def expect_in_the_clear(secure: SecureSum | None) -> None:
+    """Raises ConfigError (E118) where clients send masked messages: a node cannot take means of what they hide."""
+    said = "together=True with secure sums: each client masks its own message"
+    expect(secure is None, said, code="E118", where="secure", remedy="let every client send its own message")
 
 
 def together(setup: Setup, plan: Plan, parts: Sequence[tuple[Reply, float]]) -> Answer | None:

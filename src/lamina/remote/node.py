@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lamina.client import Reply
 from lamina.engine.base import Engine, Keep
@@ -14,11 +14,15 @@ from lamina.method import Plan
 from lamina.remote import message, reading
 from lamina.remote.envelope import Answer, Letter, expect_by
 from lamina.remote.keys import SERVER
+from lamina.remote.masking import REFUSED, Masking, Turn, Unsafe
 from lamina.remote.message import why
 from lamina.remote.shelf import Holding, MemoryShelf, Shelf
 from lamina.remote.signing import AtNode, Rejected, Signed
 from lamina.remote.terms import Terms, stamp, terms_of
+from lamina.remote.vault import MemoryVault, Vault
 from lamina.store import Row
+
+_T = TypeVar("_T")
 
 
 class _Key(NamedTuple):
@@ -36,6 +40,7 @@ class _Asked(NamedTuple):
     accepted: int  # round
     holding: Holding | None
     signed: Signed | None  # what its letter says
+    turn: Turn | None  # in a secure sum
 
     @property
     def row(self) -> Row | None:
@@ -52,10 +57,12 @@ class Node:
         back: rounds over which a server that was stopped may go back without that its clients lose their states, >= 1:
             as many rounds as it makes between two checkpoints.
         signing: answers are signed with this, and no letter is read that the server has not signed; None: nothing is.
+        vault: where clients' secrets are during a secure sum; None: in this process.
     """
 
     def __init__(
-        self, fed: Federation, shelf: Shelf | None = None, back: int = 1, *, signing: AtNode | None = None
+        self, fed: Federation, shelf: Shelf | None = None, back: int = 1, *, signing: AtNode | None = None,
+        vault: Vault | None = None,
     ):  # fmt: skip
         expect(is_whole(back, 1), f"back={back}: expected a whole number of rounds >= 1", where="back")
         self.shelf: Shelf = MemoryShelf() if shelf is None else shelf
@@ -66,12 +73,13 @@ class Node:
         self._stamp = stamp(self._terms)
         self._back = back
         self._signing = signing
+        self._masking = None if fed.secure is None else Masking(fed, fed.secure, vault or MemoryVault())
         self._engine: Engine | None = None
 
     @property
     def longest(self) -> int:
         """Bytes that no letter exceeds; a longer one is not looked at."""
-        return self._form.longest
+        return self._form.longest + (0 if self._masking is None else self._masking.longest)
 
     def __enter__(self) -> Node:
         return self
@@ -102,21 +110,28 @@ class Node:
                 yield client, Answer("failed", client, "", f"{error.code} {error.why}").packed()
                 continue
             try:
+                if letter.step is not None and letter.step.name != "masked":
+                    yield client, self._packed(self._stepped(letter, client), letter.signed)
+                    continue
                 key = _Key(letter.kind, letter.fingerprint, letter.together)
+                if letter.step is not None and any(one.client == client for one in asked.get(key, ())):
+                    continue  # it came twice, and a step is taken once
                 one, plan = self._read(letter, client, plans.get(key))
                 plans[key] = plan
                 batch = asked.setdefault(key, [])
                 batch.extend([one] if all(one.client != other.client for other in batch) else [])  # it came twice
             except _Unread as unread:
+                step = "" if letter.step is None else letter.step.name
                 refusal = Answer(unread.said, client, letter.fingerprint, unread.why, terms=unread.terms)
-                yield client, self._packed(refusal, letter.signed)
+                yield client, self._packed(refusal._replace(step=step, code=unread.code), letter.signed)
             except Rejected as error:  # not signed: whoever sends it a letter anew must not get a new answer to it
                 yield client, Answer("failed", client, "", f"{error.code} {error.why}").packed()
         for key, batch in asked.items():
             answers = self._answers(key, plans[key], batch)
             signed = {one.client: one.signed for one in batch}
+            step = "" if self._masking is None else "masked"
             for answer in self._gathered(plans[key], answers) if key.together else answers:
-                yield answer.client, self._packed(answer._replace(plan=key.plan), signed[answer.client])
+                yield answer.client, self._packed(answer._replace(plan=key.plan, step=step), signed[answer.client])
 
     def _packed(self, answer: Answer, signed: Signed | None) -> bytes:
         if self._signing is None:
@@ -125,20 +140,7 @@ class Node:
 
     def _read(self, letter: Letter, client: int, plan: Plan | None) -> tuple[_Asked, Plan]:
         """Raises _Unread, Rejected."""
-        if client not in self.clients or letter.client != client:
-            raise _Unread("failed", f"client {letter.client} is not at this node")
-        if letter.kind not in ("round", "probe"):
-            raise _Unread("failed", f"kind {letter.kind!r}: expected round or probe")
-        holding, damage = None, ""
-        try:
-            holding = self.shelf.get(client)
-        except StorageError as error:
-            damage = why(error)
-        if self._signing is not None:
-            last = 0 if holding is None else holding.number
-            self._signing.expect(letter.signed, self._fed.data.names[client], letter.round, last)
-        if letter.terms not in ("", self._stamp):
-            raise _Unread("terms", "other settings", self._terms)
+        holding, damage = self._expected(letter, client)
         try:
             arrived = reading.opened(letter)
             accepted = int(arrived.scalars["accepted"])
@@ -152,7 +154,46 @@ class Node:
                 plan = reading.read(self._form, letter, arrived, holding)
             except WireError as error:
                 raise _Unread("plan", damage or why(error)) from None
-        return _Asked(client, accepted, holding, letter.signed), plan
+        turn = None if self._masking is None else self._safe(self._masking.turn, letter)
+        return _Asked(client, accepted, holding, letter.signed, turn), plan
+
+    def _stepped(self, letter: Letter, client: int) -> Answer:
+        """What it says at a step of a secure sum to which no plan belongs. Raises _Unread, Rejected."""
+        self._expected(letter, client)
+        assert self._masking is not None  # as this letter was expected
+        return self._safe(self._masking.answer, letter)
+
+    def _expected(self, letter: Letter, client: int) -> tuple[Holding | None, str]:
+        """What the client holds, and what is the matter with it. Raises _Unread, Rejected for a letter that it must not
+        answer."""
+        if client not in self.clients or letter.client != client:
+            raise _Unread("failed", f"client {letter.client} is not at this node")
+        if letter.kind not in ("round", "probe"):
+            raise _Unread("failed", f"kind {letter.kind!r}: expected round or probe")
+        holding, damage = None, ""
+        try:
+            holding = self.shelf.get(client)
+        except StorageError as error:
+            damage = why(error)
+        if self._signing is not None:
+            last = 0 if holding is None else holding.number
+            last = last if self._masking is None else max(last, self._masking.last(client))
+            self._signing.expect(letter.signed, self._fed.data.names[client], letter.round, last)
+        if letter.terms not in ("", self._stamp):
+            raise _Unread("terms", "other settings", self._terms)
+        if (letter.step is None) != (self._masking is None):
+            said = "a step of a secure sum, which" if self._masking is None else "a message in the clear, which"
+            raise _Unread("failed", f"it is asked for {said} its node's settings do not have", code=REFUSED)
+        return holding, damage
+
+    def _safe(self, step: Callable[[Letter], _T], letter: Letter) -> _T:
+        """Raises _Unread where the client does not take this step."""
+        try:
+            return step(letter)
+        except Unsafe as error:
+            raise _Unread("failed", str(error), code=REFUSED) from None
+        except (WireError, StorageError) as error:
+            raise _Unread("failed", why(error)) from None
 
     def _answers(self, key: _Key, plan: Plan, batch: list[_Asked]) -> Iterator[Answer]:
         left = {one.client: one for one in batch}
@@ -161,12 +202,16 @@ class Node:
             self._engine = self._fed.made_engine(Keep())
         replies = self._engine.replies("probe" if key.kind == "probe" else "round", plan, list(left), rows)
         try:
+            hiding = None if self._masking is None else self._masking.hiding(key.kind, plan)
             for reply in replies:
                 one = left[reply.client]
                 blob = reply.message["frame"]["frame"].numpy().tobytes()
+                answer = Answer("message", one.client, key.plan, reply.refused or "", blob)
+                if hiding is not None and one.turn is not None:
+                    reply, answer = hiding.hide(one.turn, reply, answer)
                 self._keep(one, key.plan, plan, reply)
                 del left[reply.client]
-                yield Answer("message", one.client, key.plan, reply.refused or "", blob)
+                yield answer
         except LaminaError as error:
             self.close()
             for client in left:
@@ -198,8 +243,9 @@ class Node:
 
 
 class _Unread(Exception):
-    def __init__(self, said: str, why: str, terms: Terms = MappingProxyType({})):
+    def __init__(self, said: str, why: str, terms: Terms = MappingProxyType({}), code: str = ""):
         super().__init__(why)
         self.said = said
         self.why = why
+        self.code = code
         self.terms = terms

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple, Protocol
 import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from lamina.errors import StorageError, expect
 from lamina.federation import Federation
 from lamina.remote.envelope import add_to
 from lamina.store import Row
 from lamina.store.files import replace, storing
-from lamina.tree import Message, Params, flatten, skeleton, unflatten
+from lamina.tree import Message, Params, apart, flatten, skeleton, unflatten
 
 _VERSION = "1"
 
@@ -179,7 +178,7 @@ class DiskShelf:
         text = json.dumps({"version": _VERSION, "experiment": self._experiment, **said})
         names = json.dumps([*tensors])
         checksum = _checksum(text + names, tensors)
-        replace(path, save(_apart(tensors), {"said": text, "names": names, "checksum": checksum}))
+        replace(path, save(apart(tensors), {"said": text, "names": names, "checksum": checksum}))
 
     def _opened(self, path: Path) -> tuple[dict[str, Any], Params]:
         with safe_open(path, "pt") as file:
@@ -208,14 +207,3 @@ def _checksum(text: str, tensors: Params) -> str:
     digest: Any = xxhash.xxh3_128(text.encode())
     add_to(digest, tensors)
     return str(digest.hexdigest())
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> Params:
-    """In memory of their own: safetensors refuses values that share some."""
-    seen: set[int] = set()
-    apart: Params = {}
-    for name, x in tensors.items():
-        place = x.untyped_storage().data_ptr()
-        apart[name] = x.detach().contiguous() if place not in seen else x.detach().contiguous().clone()
-        seen.add(place)
-    return apart

@@ -38,6 +38,7 @@ def terms_of(fed: Federation) -> dict[str, str]:
         "buffers": fed.buffers,
         "cohort": f"{fed.cohort} of {len(fed.data)}",
         "moments": fed.setup.moments,
+        "secure": fed.secure,
         "seed": fed.seed,
     }
     return {key: _words(x) for key, x in said.items()}
