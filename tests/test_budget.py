@@ -59,6 +59,16 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_is_needed() -> None:
         within(config.load("quickstart", [*SMALL, "method=fedlama", "budget=100"]))
 
 
+def test_the_density_of_a_shock_keeps_within_no_budget() -> None:
+    """LIPS prunes what a client starts from, and sends all of the update: density 1 would be no shock at all."""
+    lips = ("method=lips", "method.rounds=6", "model.widths=[64, 12, 11, 10]")
+    with pytest.raises(lamina.ConfigError, match=r"E107.*nothing here"):
+        within(config.load("quickstart", [*SMALL, *lips, "budget=100kB"]))
+    fitted = within(config.load("quickstart", [*SMALL, *lips, "uplink=topk:0.5", "budget=1kB"]))
+    assert fitted.said.startswith("uplink.density=")
+    assert fitted.config.method[0].arguments["density"] == 0.5
+
+
 def test_a_federation_is_not_built_before_something_is_chosen() -> None:
     with pytest.raises(lamina.ConfigError, match="E107"):
         config.build(config.load("quickstart", ["method=ssfl", "budget=9kB"]))

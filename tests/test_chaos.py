@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import cases
-from lamina import ConfigError, FedLAMA, config
+from lamina import ConfigError, FedLAMA, RunError, config, folder, survival
 from lamina.chaos import GROUP, Chaos, Chaotic, Kill
 from lamina.survival import WHERE, counted, survive
 
@@ -105,6 +107,90 @@ def test_a_run_that_is_killed_goes_on_and_ends_in_the_same_model(tmp_path: Path)
     assert account.rounds == 4
 
 
+FAILING = """
+import os
+from lamina import FedAvg
+
+class Failing(FedAvg):
+    def plan(self, state, plan):
+        if plan.round == 1:
+            raise ValueError("it says " + os.environ["MY_TOKEN"])
+        return plan
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_the_users_own_is_no_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "canary-of-the-chaos-tests")
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(FAILING)
+    account = account_of(tmp_path, "method=own.py:Failing", kill=("run@r2",))
+    assert (account.status, account.code, account.rounds, account.resumed) == ("failed", "E300", 1, 0)
+    assert account.why == "ValueError: it says ***"
+    assert "canary" not in "".join(capfd.readouterr())
+    assert not [path for path in Path(account.run).rglob("*") if path.is_file() and b"canary" in path.read_bytes()]
+
+
+class Pipe:
+    def send_bytes(self, blob: bytes) -> None:
+        self.said = json.loads(blob)
+
+
+def test_what_is_no_error_of_ours_is_told_without_its_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*args: Any) -> None:
+        raise ValueError(f"no \x1b[2J {'canary-of-the-chaos-tests'}")
+
+    monkeypatch.setenv("MY_TOKEN", "canary-of-the-chaos-tests")
+    monkeypatch.setattr(survival, "_go", fails)
+    pipe, made = Pipe(), config.load("quickstart", ())
+    survival._child(pipe, made.model_dump_json(), json.dumps({"kill": ["run@r1"]}), str(tmp_path))
+    assert pipe.said["code"] == "E300"
+    assert pipe.said["message"] == "ValueError: no \x1b[2J ***"
+    said = capsys.readouterr().err
+    assert "ValueError: no ?[2J ***" in said
+    assert "canary" not in said
+
+
+@pytest.mark.parametrize(("ended", "killed"), [(-signal.SIGKILL, True), (1, False), (-signal.SIGSEGV, False)])
+def test_only_sigkill_is_a_kill(ended: int, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of the run says nothing and ends with this status."""
+
+    class Process:
+        exitcode = ended
+
+        def start(self) -> None: ...
+        def join(self) -> None: ...
+
+    class Context:
+        Pipe = staticmethod(multiprocessing.Pipe)
+
+        def Process(self, **arguments: Any) -> Process:
+            return Process()
+
+    monkeypatch.setattr(survival.multiprocessing, "get_context", lambda how: Context())
+    chaos, made = Chaos(kill=("run@r1",)), config.load("quickstart", ())
+    with pytest.raises(survival._Killed if killed else RunError):
+        survival._attempt(made, chaos, tmp_path, False)
+
+
+def test_an_account_is_of_what_is_committed_whatever_clients_are_called(tmp_path: Path) -> None:
+    """U+2028 ends a line for Python, and none in a log. What stands behind the committed length is not there."""
+    row = {"name": "a\u2028b", "refused": None}
+    info = dict.fromkeys(folder._NEEDED, 0) | {"version": folder.VERSION, "status": "done"}
+    lengths = {}
+    for log, rows in (("clients.jsonl", [row, {**row, "refused": "E310"}]), ("events.jsonl", [{"event": "resumed"}])):
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in rows).encode()
+        (tmp_path / log).write_bytes(text + text + b'{"half')
+        lengths[log] = len(text)
+    (tmp_path / "run.json").write_text(json.dumps({**info, "lengths": lengths}))
+    account = counted(tmp_path)
+    assert (account.asked, account.used, account.refused, account.resumed) == (2, 1, {"E310": 1}, 1)
+
+
 def test_a_worker_that_is_killed_costs_no_client_anything(tmp_path: Path) -> None:
     account = account_of(tmp_path, "engine=processes", "workers=2", "cohort=all", kill=("worker@r1",))
     assert (account.resumed, account.used, account.right) == (1, 40, True)
@@ -142,3 +228,10 @@ def test_the_command_prints_the_account(tmp_path: Path, monkeypatch: pytest.Monk
     wrong = CliRunner().invoke(app, ["chaos", "quickstart", "rounds=3", "--kill", "run@r3"])
     assert wrong.exit_code == 2
     assert "this run has the rounds 0 to 2" in wrong.output
+
+
+def test_a_run_that_nobody_can_make_again_is_not_compared(tmp_path: Path) -> None:
+    private = ("weights=uniform", "privacy.clip=1.0", "privacy.noise=1.0", "privacy.noise_seed=system")
+    account = account_of(tmp_path, "rounds=2", *private, drop=0.2)
+    assert (account.status, account.right) == ("done", None)
+    assert "from the system" in account.why

@@ -106,7 +106,9 @@ def test_a_state_before_the_first_round_can_be_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("done", [1, 2, 3, 4])
 def test_the_state_after_any_round_can_be_kept(done: int, tmp_path: Path) -> None:
     """After round 2 the reference of the inertia curve *is* the model: two names for the same tensors."""
-    checkpoint.commit(states(done)[-1], tmp_path)
+    state = states(done)[-1]
+    again, _ = checkpoint.read(checkpoint.commit(state, tmp_path), cases.federation(FedLAMA(phi=2)))
+    assert cases.everything(again) == cases.everything(state)
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:

@@ -363,8 +363,9 @@ def test_the_command_line_itself_imports_nothing_heavy() -> None:
     """`lamina --help` must come at once: these import only the standard library, typer and each other."""
     light = set(sys.stdlib_module_names) | {"typer", "__future__"}
     folder = Path(cli.__file__).parent
-    light |= {"lamina.errors", "lamina.redaction"}
-    for file in (*folder.glob("*.py"), folder.with_name("errors.py"), folder.with_name("redaction.py")):
+    own = ("errors", "redaction", "entry", "settings")
+    light |= {f"lamina.{name}" for name in own}
+    for file in (*folder.glob("*.py"), *(folder.with_name(f"{name}.py") for name in own)):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

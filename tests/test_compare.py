@@ -139,6 +139,11 @@ def test_runs_of_other_settings_are_not_folded_and_the_table_says_which(tmp_path
     assert "same init NO" in said(rows)  # other seeds
 
 
+def test_runs_that_put_up_with_something_else_are_not_folded(tmp_path: Path) -> None:
+    made = [make(tmp_path / str(i), f"faults.min_replies={n}", f"seed={i}") for i, n in enumerate((1, 3))]
+    assert [row["settings"] for row in compare(made)] == [{"faults.min_replies": 1}, {"faults.min_replies": 3}]
+
+
 def test_a_run_without_a_config_is_a_row_of_its_own(seeded: list[Run], tmp_path: Path) -> None:
     fed = build(load("quickstart", SMALL, {}))
     bare = [fit(fed, 1, tmp_path / name, progress=False) for name in ("a", "b")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from lamina import cli, runs, verify
+from lamina import ClientData, FedAvg, Federation, RunError, cli, models, runs, verify
 from lamina.config import build, load
 from lamina.errors import ConfigError, StorageError
-from lamina.export import FORMATS, export, sink
+from lamina.export import FORMATS, export, live, sink
 from lamina.export.feed import Described, Layers, rounds, scalars
 from lamina.runs import Run, fit
 
@@ -183,6 +184,84 @@ def test_a_resumed_run_gives_every_round_once(fake: Fake, tmp_path: Path) -> Non
     runs.resume(made.path, 4, progress=False)
     assert fake.done == 2
     assert [row["round"] for row, _ in fake.given] == [0, 1, 2, 3]
+
+
+class Stops(FedAvg):
+    """Fails in round 4, as long as it is told to."""
+
+    fails = True
+
+    def plan(self, state: Any, plan: Any) -> Any:
+        if plan.round == 4 and self.fails:
+            raise RunError("stop", code="E306")
+        return plan
+
+
+def committed(path: Path, lengths: dict[str, int]) -> Any:
+    return rounds(path, lengths)
+
+
+def given(fake: Fake) -> list[int]:
+    return [row["round"] for row, _ in fake.given]
+
+
+def test_rounds_that_an_error_commits_are_handed_on(
+    fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Committed are rounds 0 to 2, and 3 as the last words of the run; then the rest, by a second process."""
+    parts = {name: (torch.ones(4, 3), torch.tensor([0, 1, 0, 1])) for name in "abc"}
+    fed = Federation(models.mlp((3, 2)), ClientData.from_clients(parts), method=Stops(), engine="loop")
+    with pytest.raises(RunError):
+        fit(fed, 6, tmp_path / "run", track=["tensorboard"], checkpoint_every=3, progress=False)
+    assert given(fake) == [0, 1, 2, 3]
+    monkeypatch.setattr(Stops, "fails", False)
+    runs.resume(tmp_path / "run", fed=fed, progress=False)
+    assert (fake.done, given(fake)) == (4, [0, 1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("rounds", [2, 3])
+def test_rounds_that_were_committed_before_a_kill_are_handed_on_once(
+    rounds: int, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the commit of round 1 and its handing on. With 2 rounds, nothing is left to do but that."""
+    feed, times = live.Trackers.feed, itertools.count()
+
+    def dies(self: Any) -> None:
+        if next(times) >= 2:  # at the start, after round 0, after round 1
+            raise SystemExit(9)
+        feed(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.Trackers, "feed", dies)
+        with pytest.raises(SystemExit):
+            make(tmp_path / "run", TRACK, "run.checkpoint_every=1", count=rounds)
+    assert given(fake) == [0]
+    assert json.loads((tmp_path / "run" / "export" / "given.json").read_text()) == {"tensorboard": 1}
+    runs.resume(tmp_path / "run", progress=False)
+    assert (fake.done, given(fake)) == (1, list(range(rounds)))
+    made = Run.open(tmp_path / "run")
+    assert fake.given == list(committed(made.path, made.info["lengths"]))
+
+
+def test_a_run_that_goes_back_to_an_older_checkpoint_hands_on_no_round_twice(fake: Fake, tmp_path: Path) -> None:
+    made = make(tmp_path / "run", TRACK, "run.checkpoint_every=1", count=3)
+    (made.path / "checkpoints" / "round-000003" / "model.safetensors").write_bytes(b"damaged")
+    runs.resume(made.path, 4, progress=False)
+    assert given(fake) == [0, 1, 2, 3]
+
+
+def test_a_tracker_that_comes_later_is_given_what_was_before(fake: Fake, tmp_path: Path) -> None:
+    made = make(tmp_path / "run", count=2)
+    assert not (made.path / "export").exists()
+    runs.resume(made.path, 3, keys=[TRACK], progress=False)
+    assert (fake.done, given(fake)) == (0, [0, 1, 2])
+
+
+def test_a_run_of_an_earlier_lamina_has_handed_on_what_is_committed(fake: Fake, tmp_path: Path) -> None:
+    made = make(tmp_path / "run", TRACK, count=2)
+    (made.path / "export" / "given.json").unlink()
+    runs.resume(made.path, 3, progress=False)
+    assert (fake.done, given(fake)) == (2, [0, 1, 2])
 
 
 class Notes:

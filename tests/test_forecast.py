@@ -25,6 +25,7 @@ from lamina import (
     RunError,
     Scaffold,
     cli,
+    robust,
     wire,
 )
 from lamina.inspect import forecast
@@ -172,6 +173,26 @@ def test_messages_of_some_clients_may_stand_for_the_others() -> None:
         return made.up, made.down, made.steps
 
     assert totals(2) == totals(None)
+
+
+def test_no_message_that_stands_for_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine clients of 8 to 40 examples, in batches of 8: each makes as many local steps as are its own."""
+    seen = []
+    going = Federation.round
+
+    def round(*arguments: Any) -> Any:
+        made = going(*arguments)
+        seen.extend((c.refused, c.steps, -(-c.examples // 8)) for c in made[1].clients)
+        return made
+
+    monkeypatch.setattr(Federation, "round", round)
+    fed = federation(Scaffold(), cohort="all", aggregate=robust.Median(), faults={"min_replies": 1.0})
+    trainer = ready(fed.model, fed.loss, fed.data, fed.local, fed.seed)
+    stand_in = StandIn(trainer, fed.setup, None, 1, 0.0, 0)
+    made = count(fed, 3, stand_in, each=2)
+    assert len(seen) == 3 * 9
+    assert all(refused is None and steps == fed.local.epochs * due for refused, steps, due in seen)
+    assert made.steps == sum(steps for _, steps, _ in seen)
 
 
 def test_rounds_that_are_not_counted_are_like_the_later_half() -> None:

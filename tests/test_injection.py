@@ -15,11 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
-from lamina import ClientData, ConfigError, Federation, LocalSGD, cli, comparison, models
+from lamina import ClientData, ConfigError, Federation, LocalSGD, StorageError, cli, comparison, models, terminal
+from lamina.cli.base import guarded, say
 from lamina.compare import compare
 from lamina.export import export
+from lamina.redaction import printable
 from lamina.runs import Run
 from lamina.tabular import commas, escaped, latex, markdown
 from lamina.terminal import Column
@@ -184,3 +188,36 @@ def test_a_terminal_is_sent_no_command(run: Run) -> None:
         output = CliRunner().invoke(cli.app, words).output
         assert "\x1b" not in output
         assert "\x00" not in output
+
+
+COMMANDS = "a\x1b]0;owned\x07b\x9b2Jc\x9d0;x\x9cd\x08\x7f\re\x85f\x00"
+INERT = "a?]0;owned?b?2Jc?0;x?d???e?f?"
+
+
+def test_only_tabs_and_line_ends_are_left_of_what_a_terminal_obeys() -> None:
+    assert printable(COMMANDS + "\t\nünï·±") == INERT + "\t\nünï·±"
+    assert {chr(n) for n in range(0xA0) if printable(chr(n)) == chr(n)} == {"\t", "\n", *map(chr, range(32, 127))}
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_what_others_say_reaches_a_terminal_without_commands(colours: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reasons of nodes and names of clients: in notes of a run, on its error output, in lines of a command."""
+    out = io.StringIO()
+    shown = Console(file=out, force_terminal=colours, no_color=True, width=200)
+    terminal.Terminal(shown).note(COMMANDS)
+    say(shown, [COMMANDS])
+    assert out.getvalue() == f"! {INERT}\n{INERT}\n"
+    terminal.Quiet().note(COMMANDS)
+    assert capsys.readouterr().err == f"! {INERT}\n"
+
+
+@pytest.mark.parametrize("error", [StorageError, ValueError, KeyboardInterrupt])
+def test_an_error_reaches_a_terminal_without_commands(error: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> None:
+        raise error(f"node {COMMANDS}")
+
+    with pytest.raises(typer.Exit):
+        guarded(command)()
+    said = capsys.readouterr().err
+    assert "node a?]0;owned?b" in said
+    assert said == printable(said)

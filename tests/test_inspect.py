@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from lamina import ClientData, ConfigError, FedAvg, LocalSGD, cli
 from lamina.advice import CODES, GUIDELINES
 from lamina.explain import codes
-from lamina.inspect import Inspection, inspection
+from lamina.inspect import Inspection, data_checks, inspection
 from lamina.inspect.budget import budget
 from lamina.inspect.checks import Finding, of_embeddings, repeatable
 from lamina.inspect.data_checks import of_data
@@ -122,6 +122,26 @@ def test_embeddings_of_which_a_client_touches_few_rows_are_named() -> None:
     assert "touches 20.0 % of the 50 rows" in finding.figure
 
 
+def test_rows_of_an_embedding_that_is_called_by_name_are_seen_a_few_examples_at_a_time() -> None:
+    """Client "a" touches rows 0 to 9 of 50 in its first 60 examples and 10 to 14 in its last 40: 30 %."""
+    sizes: list[int] = []
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(50, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            out: Tensor = self.embed(input=x).sum(1)
+            return out
+
+    x = torch.cat([torch.arange(60) % 10, 10 + torch.arange(40) % 5])[:, None]
+    (finding,) = of_embeddings(Named(), ClientData.from_clients({"a": (x, torch.zeros(100))}))
+    assert "touches 30.0 % of the 50 rows" in finding.figure
+    assert sizes == [50, 50]  # equal parts, of 64 at most
+
+
 def test_an_operation_that_may_give_other_bits_is_named() -> None:
     class Maybe(nn.Module):
         def __init__(self) -> None:
@@ -170,6 +190,25 @@ def test_four_things_about_data_that_are_often_a_mistake() -> None:
     assert found[0].figure.startswith("1 of 3 clients have less than one batch of 4, the smallest 2")
     assert found[2].figure.startswith("2 examples are equal to one of another client")
     assert found[3].figure == "1 training examples are also in the test set of 2"
+
+
+def test_of_large_data_the_same_examples_are_looked_at_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 201 examples with at most 50 remembered, one in 5: copies are found wherever they lie, and the words say how
+    many were looked at. By their own strides, the copies that lie one place further would all be missed."""
+    monkeypatch.setattr(data_checks, "MOST", 50)
+    x, y = torch.randn((100, 3), generator=generator(0, "large data")), torch.tensor([0, 1] * 50)
+    parts = {"a": (x, y), "b": (x.roll(1, 0), y)}
+    test = torch.cat([-x[:1], x, -x[:100]]), torch.tensor([0, 1] * 100 + [0])
+    shared, leaked = of_data(ClientData.from_clients(parts, test=test), batch_size=4)
+    count = int(shared.figure.split()[0])
+    assert 10 <= count <= 30  # 20 of 100 are due
+    among = "of the one in 5 that were looked at are"
+    assert shared.figure == f"{count} examples {among} equal to one of another client: a, b"
+    assert leaked.figure == f"{2 * count} training examples {among} also in the test set of 201"
+    sound = ClientData.from_clients({"a": (x, y), "b": (-x, y)})
+    assert not list(of_data(sound, batch_size=4))
+    said = looked(nn.Linear(3, 2), data=sound).fine
+    assert any(text.endswith("no test examples in training (looked at one example in 4)") for text in said)
 
 
 def test_sound_data_gives_nothing() -> None:

@@ -145,6 +145,14 @@ def test_a_reply_that_was_refused_goes_through_and_counts_in_no_median() -> None
     assert known == {"w": (1.0,)}
 
 
+def test_a_message_that_is_no_tensors_waits_for_the_bounds_like_others() -> None:
+    """It was refused by its type (E321); what is held back until the first bounds are known is copied."""
+    odd = Reply(1, {"update": {"w": 5}}, None, {}, 0.0, 1, "expected a tensor", code="E321")  # type: ignore[dict-item]
+    through, _ = passed("median", {}, reply(0, w=1), odd)
+    assert [r.client for r in through] == [0, 1]
+    assert through[1].code == "E321"
+
+
 def test_messages_go_through_one_by_one_once_their_layers_are_known() -> None:
     """The first round has to wait for all; later ones, and layers that are all zero, do not."""
     asked: list[int] = []

@@ -458,6 +458,25 @@ def test_watching_ends_when_the_process_of_a_run_is_gone(tmp_path: Path, monkeyp
     assert "nobody is at run any more: `lamina resume` goes on with it" in said[-1]
 
 
+def test_watching_does_not_end_where_the_lock_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another user's run, say: whether its process is gone is not known."""
+    run = changed(written(tmp_path / "run"), status="running", rounds=20)
+    (run.path / ".lock").mkdir()
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(watching.time, "monotonic", lambda: float(next(clock)))
+    steps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        steps.append(seconds)
+        if len(steps) == 9:
+            changed(run, status="done")
+
+    said: list[str] = []
+    watching.watch([run.path], tmp_path / "r.html", 1.0, said.append, sleep)
+    assert len(steps) == 9
+    assert not [text for text in said if "nobody" in text]
+
+
 # ---- figures of the papers
 
 

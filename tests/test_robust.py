@@ -371,7 +371,7 @@ def test_a_rule_is_a_part_of_the_config(arguments: list[str], rule: Any, tmp_pat
     file.write_text(to_toml(config))
     again = load(file, env={})
     assert again.aggregate == config.aggregate
-    assert (again.sha256, again.fixed) == (config.sha256, config.fixed)
+    assert (again.sha256, again.settings) == (config.sha256, config.settings)
 
 
 def test_a_config_says_where_a_rule_is_wrong() -> None:
@@ -408,7 +408,7 @@ def test_a_rule_and_a_bound_change_the_fingerprint_of_a_config() -> None:
     given = ([], ["aggregate=median"], ["faults.norm=median"], ["aggregate=krum"], ["aggregate=krum", "aggregate.f=2"])
     configs = [load("quickstart", arguments, {}) for arguments in given]
     assert len({config.sha256 for config in configs}) == len(configs)
-    assert len({str(config.fixed) for config in configs}) == len(configs)
+    assert len({str(config.settings) for config in configs}) == len(configs)
 
 
 def test_a_run_says_its_rule_and_is_resumed_and_verified(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -18,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+import lamina
 from lamina import (
     ClientData,
     Federation,
@@ -27,16 +30,19 @@ from lamina import (
     State,
     StorageError,
     checkpoint,
+    cli,
     engine,
     folder,
     runs,
 )
+from lamina.cli import base, comparing, looking
 from lamina.compare import compare
 from lamina.config import build, load
 from lamina.errors import ConfigError, RunError
 from lamina.machine import sync_seconds
 from lamina.redaction import redacted
 from lamina.runs import Interrupted, Run, Watcher, fit, new_folder, resume
+from lamina.settings import CHANGEABLE
 from lamina.store import disk
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1")
@@ -467,7 +473,8 @@ def test_a_run_is_left_as_it_is_when_another_process_is_at_its_clients(
 
     before = content()
     with monkeypatch.context() as patch:
-        patch.setattr(disk, "locked", lambda handle: False)
+        take = disk.lock.take
+        patch.setattr(disk.lock, "take", lambda place: {} if place.parent.name == "clients" else take(place))
         with pytest.raises(StorageError, match="has not let go of the Federation") as caught:
             resume(path, 4, progress=False)
     assert caught.value.code == "E406"
@@ -538,6 +545,27 @@ def test_what_can_change_the_result_may_not_and_the_key_is_named(key: str, tmp_p
     assert caught.value.where == "command line, argument 3"
     assert "run.*, stop.*" in (caught.value.remedy or "")
     assert {file: file.read_bytes() for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_what_a_round_puts_up_with_may_change_and_is_then_what_the_run_is_of(tmp_path: Path) -> None:
+    stopped(tmp_path / "run", "faults.min_replies=3")
+    run = resume(tmp_path / "run", keys=("faults.min_replies=1", "faults.rest_rounds=2"), progress=False)
+    config = load("quickstart", [*SMALL, "rounds=4", "faults.rest_rounds=2"], {})
+    assert run.info["config_sha256"] == config.sha256
+    assert folder.other_settings(run.path, config) == []
+    begun = load("quickstart", [*SMALL, "rounds=4", "faults.min_replies=3"], {})
+    assert folder.other_settings(run.path, begun) == ["faults.min_replies", "faults.rest_rounds"]
+    assert folder.other_settings(run.path, begun, resuming=True) == []
+
+
+def test_what_may_change_is_said_in_full() -> None:
+    pages = Path(lamina.__file__).parent / "explain" / "pages"
+    said = [(pages / "E405.md").read_text(encoding="utf-8")]
+    said += [(Path(__file__).parents[1] / "docs" / "resume.md").read_text(encoding="utf-8")]
+    for text in said:
+        assert [key for key in CHANGEABLE if f"`{key}`" not in text] == []
+    told = " ".join(CliRunner().invoke(cli.app, ["resume", "--help"]).output.split())
+    assert f"What may change: {', '.join(CHANGEABLE)}." in told
 
 
 def test_a_key_with_an_impossible_value_is_refused_before_anything_is_written(tmp_path: Path) -> None:
@@ -719,6 +747,33 @@ def test_folders_are_numbered_and_the_latest_is_linked(tmp_path: Path, monkeypat
     assert first.parent == tmp_path / "elsewhere" / "digits"
     assert (tmp_path / "elsewhere" / "latest").resolve() == second.resolve()
     assert new_folder("../../x y", "fedavg", tmp_path).parent == tmp_path / "x-y"
+
+
+def test_numbers_go_on_beyond_999(tmp_path: Path) -> None:
+    """1000 is after 999, has a name of its own for the commands, and is not found by 100."""
+    (tmp_path / "exp" / "999-fedavg").mkdir(parents=True)
+    made = [new_folder("exp", method, tmp_path) for method in ("fedavg", "fedlama", "fedavg")]
+    assert [path.name for path in made] == ["1000-fedavg", "1001-fedlama", "1002-fedavg"]
+    assert [runs.number_of(Path(name)) for name in ("001-x", "1000-x", "10-x", "mine")] == [1, 1000, 0, 0]
+    for path in (tmp_path / "exp").iterdir():
+        (path / "run.json").write_text('{"version": 1}')  # damaged, but there
+    assert base.find("1000", tmp_path) == made[0]
+    with pytest.raises(StorageError, match="no run '100'"):
+        base.find("100", tmp_path)
+    there = [tmp_path / "exp" / "999-fedavg", *made]
+    assert base.find_all("999-1002", tmp_path) == there
+    assert comparing._called(made[:2] + made[2:], tmp_path) == f"1000-1002 --run-dir {tmp_path}"
+    assert [Path(row["run"]).name for row in looking._runs_listed(tmp_path)[0]] == [path.name for path in there]
+
+
+def test_what_replaces_a_file_is_durable_and_so_is_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that loses its power may come back with the old run.json beside new logs."""
+    synced: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(stat.S_ISDIR(os.fstat(handle).st_mode)))
+    book = folder.Book(tmp_path, {"options": {"keep_clients_log": False}, "seconds": 0.0})
+    book.save()
+    assert synced == [False, True]
+    assert (tmp_path / "run.json").exists()
 
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lamina import cli, config, redaction
+from lamina.export import live, sink
 from lamina.redaction import hidden, is_reference, redacted, remember
 from lamina.remote.keys import opened
 from lamina.runs import fit
@@ -262,3 +263,43 @@ def _command_lines(mark: bytes) -> Iterator[bytes]:
                 yield (process / "cmdline").read_bytes()
         except OSError:  # it has just ended
             continue
+
+
+QUOTED = 'pa"ss\\word\n1'
+
+
+@pytest.mark.parametrize("said", [repr, json.dumps])
+def test_a_secret_is_found_as_python_and_json_quote_it(said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """'pa"ss\\\\word\\n1' has none of its own characters in a row once it is quoted."""
+    monkeypatch.setenv("MY_TOKEN", QUOTED)
+    found = redaction.hidden_in({"why": said(QUOTED), "in": [QUOTED], QUOTED: {"n": 12345678}})
+    shown = said(QUOTED).replace(said(QUOTED)[1:-1], "***")
+    assert shown[1:-1] == "***"
+    assert found == {"why": shown, "in": ["***"], "***": {"n": 12345678}}
+    assert hidden(json.dumps({"why": QUOTED})) == '{"why": "***"}'
+
+
+def test_what_is_json_stays_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number, or what stands between two texts, may be the same as somebody's password."""
+    monkeypatch.setenv("MY_PASSWORD", "12345678")
+    monkeypatch.setenv("MY_TOKEN", '", "why": "')
+    row = {"code": "E310", "why": "x", "bytes": 12345678}
+    assert redaction.hidden_in(row) == row
+
+
+def test_what_a_tracker_fails_with_is_recorded_without_secrets(
+    home: Path, lamina: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any) -> Any:
+        raise ValueError(f"401 for {QUOTED}, {QUOTED!r}")
+
+    monkeypatch.setenv("MY_TOKEN", QUOTED)
+    monkeypatch.setitem(sink.TRACKERS, "tensorboard", "json")  # a package that is here
+    monkeypatch.setattr(live, "opened", refuse)
+    done = lamina("run", "quickstart", *SMALL, "run.track=[tensorboard]", "engine=loop")
+    assert done.returncode == 0
+    (folder,) = (home / "runs").glob("quickstart/001-*")
+    (event,) = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert event["message"] == "ValueError: 401 for ***, '***'"
+    assert b"401 for ***" in done.stdout
+    assert b"word" not in done.stdout + done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import itertools
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ from lamina import (
     StorageError,
     checkpoint,
     config,
+    lock,
     runs,
 )
 from lamina.store import ClientStore, Disk, Row, Stored, disk
@@ -394,7 +396,9 @@ def left(crashed: Path, tmp_path: Path) -> Path:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """But for the lock, which says who is at it."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("done", [1, 2])
@@ -632,6 +636,28 @@ def test_a_second_process_may_look_but_not_write(busy: Path) -> None:
     assert content(busy) == before
 
 
+def test_where_there_are_no_locks_the_process_that_is_named_must_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Process 1 always does. Who lets go of the store says so."""
+
+    def lockf(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+    store = on_disk(tmp_path).updated({1: stored(1.0)})
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    del store
+    gc.collect()
+    assert (tmp_path / ".lock").read_bytes() == b""
+    named = json.dumps({"pid": 1, **lock._machine()})
+    (tmp_path / ".lock").write_text(named)
+    with pytest.raises(StorageError, match="another process is at it") as caught:
+        on_disk(tmp_path).updated({1: stored(1.0)})
+    assert caught.value.code == "E406"
+    assert (tmp_path / ".lock").read_text() == named
+
+
 def looking(path: Path) -> Federation:
     """A federation as in a process of its own: with a shelf of its own."""
     with pytest.MonkeyPatch.context() as patch:
@@ -741,7 +767,7 @@ SMALL = (
 def test_where_clients_are_changes_nothing_else_of_an_experiment(tmp_path: Path) -> None:
     memory, on_disk = (config.load("quickstart", (*SMALL, *more), {}) for more in ((), ("store=disk:a b/c",)))
     assert on_disk.store == "disk:a b/c"
-    assert (on_disk.sha256, on_disk.fixed) == (memory.sha256, memory.fixed)
+    assert (on_disk.sha256, on_disk.settings) == (memory.sha256, memory.settings)
     (tmp_path / "again.toml").write_text(config.to_toml(on_disk))
     assert config.load(tmp_path / "again.toml", (), {}).store == "disk:a b/c"
     with pytest.raises(ConfigError, match="expected 'memory' or 'disk:PATH'") as caught:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import itertools
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -16,15 +18,16 @@ FILES = sorted(path for path in SOURCE.rglob("*.py"))
 
 LEVELS = (  # lowest first; a file or folder imports from the rows above it, and within its own folder
     ("errors", "random", "redaction"),
-    ("tree", "units", "per_client", "layers", "data", "models", "schedule", "entry", "metrics"),
+    ("tree", "units", "per_client", "layers", "data", "models", "schedule", "entry", "metrics", "lock"),
     ("method", "network", "store", "record", "settings"),
     ("methods", "wire", "training"),
     ("client", "aggregate", "cohort", "downlink", "robust"),
-    ("preflight", "evaluate", "books", "advice", "observe", "norms", "admission"),
+    ("preflight", "evaluate", "books", "advice", "observe", "admission"),
+    ("norms",),
     ("privacy",),
     ("engine",),
     ("federation",),
-    ("attacks", "chaos", "checkpoint", "config", "jobs", "lock", "machine", "remote"),
+    ("attacks", "chaos", "checkpoint", "config", "jobs", "machine", "remote"),
     ("folder",),
     ("stop",),
     ("terminal",),
@@ -35,7 +38,7 @@ LEVELS = (  # lowest first; a file or folder imports from the rows above it, and
     ("demo", "explain", "inspect", "recipes", "scaffold", "verify", "flower"),
     ("report", "reproduce"),
     ("cli",),
-    ("__init__", "__main__"),
+    ("__init__",),
 )
 EXCEPTIONS = {  # who -> whom, and the functions in which alone: so that Federation.fit and Run.report can exist
     ("federation", "runs"): {"fit"},
@@ -107,6 +110,18 @@ def test_exceptions_are_inside_the_functions_they_are_named_for(own: str, other:
     functions = [f for f in ast.walk(tree(path)) if isinstance(f, ast.FunctionDef) and f.name in names]
     assert len(statements) == len(functions) == len(names)
     assert all(any(statement in f.body for f in functions) for statement in statements)
+
+
+def test_the_architecture_has_every_file_on_its_level() -> None:
+    text = (Path(__file__).parents[1] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+)(?:-(\d+))? \| (.+?) \|", text, re.MULTILINE)
+    spans = [(int(first) - 1, int(last or first)) for first, last, _ in rows]
+    assert [begin for begin, _ in spans] == [0, *(end for _, end in spans[:-1])]
+    assert spans[-1][1] == len(LEVELS)
+    for (begin, end), (_, _, files) in zip(spans, rows, strict=True):
+        names = re.findall(r"`(.+?)`", files)
+        assert sorted(name.removesuffix("/") for name in names) == sorted(itertools.chain(*LEVELS[begin:end]))
+        assert [name for name in names if name.endswith("/") != (SOURCE / name).is_dir()] == []
 
 
 def test_a_method_imports_only_method_tree_layers_random_and_errors() -> None:

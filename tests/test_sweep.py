@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from lamina import cli, engine, runs
+from lamina import cli, engine, folder, runs
 from lamina.config import build, load
-from lamina.errors import ConfigError
+from lamina.errors import ConfigError, StorageError
 from lamina.jobs import Job, _cores, going
 from lamina.runs import Run
-from lamina.sweep import Point, Stopped, Swept, alternatives, federation, points, sweep
+from lamina.sweep import Point, Stopped, Swept, _folder_of, alternatives, federation, finished, points, sweep
 from lamina.terminal import Quiet
 
 SMALL = ("engine=loop", "model.widths=[64, 12, 10]", "data.clients=6", "cohort=3", "local.epochs=1", "rounds=1")
@@ -120,6 +120,45 @@ def test_what_is_finished_is_not_run_again(root: Path) -> None:
     assert events[0] == {"event": "sweep", "runs": 3, "finished": 2, "to_do": 1}
     assert [event["event"] for event in events] == ["sweep", "start", "end"]
     assert events[1]["settings"] == {"local.lr": "0.2"}
+
+
+def test_the_last_of_more_than_999_runs_is_gone_on_with(root: Path) -> None:
+    (point,) = points("quickstart", SMALL)
+    info = dict.fromkeys(folder._NEEDED, 0) | {"version": folder.VERSION, "status": "failed", "lengths": {}}
+    for name in ("999-fedavg", "1000-fedavg", "mine"):
+        (root / "quickstart" / name).mkdir(parents=True)
+        (root / "quickstart" / name / "run.json").write_text(json.dumps({**info, "config_sha256": point.config.sha256}))
+        (root / "quickstart" / name / "env.json").write_text('{"data": {"fingerprint": ""}}')
+    assert _folder_of(root, point.config) == root / "quickstart" / "1000-fedavg"
+
+
+def test_what_a_round_puts_up_with_makes_another_experiment(root: Path) -> None:
+    """Where fewer answer a round is skipped, which leaves another model than a round that is not."""
+    keys = ["availability=random:0.4", "faults.on_quorum=skip", *SMALL[:-1], "rounds=3"]
+    one, three = points("quickstart", ["faults.min_replies=1,3", *keys])
+    made = swept([one, three], root)
+    assert names(made) == ["001-fedavg", "002-fedavg"]
+    assert len({run.info["final_sha256"] for run in made.runs}) == 2
+    events: list[dict[str, Any]] = []
+    assert names(swept(points("quickstart", ["faults.min_replies=3,2", *keys]), root, events=events))[0] == "002-fedavg"
+    assert events[0]["to_do"] == 1
+    with pytest.raises(StorageError, match=r"other settings: faults\.min_replies") as caught:
+        finished(made.runs[0].path, three.config)
+    assert caught.value.code == "E402"
+
+
+def test_a_run_of_before_a_key_was_there_is_finished(root: Path) -> None:
+    """As if lamina had no `diagnostics` and FedLAMA no `warmup` yet when it was made."""
+    (plain,) = points("quickstart", ["method=fedlama", *SMALL])
+    (made,) = swept([plain], root).runs
+    environment = json.loads((made.path / "env.json").read_text())
+    del environment["config"]["diagnostics"], environment["config"]["method.0.warmup"]
+    (made.path / "env.json").write_text(json.dumps(environment))
+    assert finished(made.path, plain.config) is not None
+    for said, key in (("diagnostics=false", "diagnostics"), ("method.warmup=1", "method.0.warmup")):
+        (other,) = points("quickstart", ["method=fedlama", *SMALL, said])
+        with pytest.raises(StorageError, match=f"other settings: {key}"):
+            finished(made.path, other.config)
 
 
 def test_a_run_of_lamina_run_counts_as_finished(root: Path) -> None:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
-from lamina import Federation, RunError, StorageError, WireError, checkpoint, cli, verify, wire
+from lamina import (
+    SSFL,
+    ClientData,
+    FedAvg,
+    Federation,
+    RunError,
+    StorageError,
+    WireError,
+    checkpoint,
+    cli,
+    verify,
+    wire,
+)
+from lamina.chaos import Chaos, Chaotic
 from lamina.config import build, load
 from lamina.errors import LaminaError
+from lamina.folder import CLIENTS
+from lamina.report.tables import read
 from lamina.runs import Run, fit, resume
 from lamina.verify import PREFIX, Line, files, replay, resend
 
@@ -215,7 +231,7 @@ def test_a_ledger_that_is_forged_everywhere_is_not_what_the_socket_carried(folde
     (place / "state.json").write_text(json.dumps(state | {"bytes_up": state["bytes_up"] + more}))
     manifest = json.loads((place / "MANIFEST.json").read_text())
     manifest["sha256"]["state.json"] = checkpoint._sha256((place / "state.json").read_bytes())
-    (place / "MANIFEST.json").write_bytes(checkpoint.sealed({k: v for k, v in manifest.items() if k != "own"}))
+    (place / "MANIFEST.json").write_bytes(checkpoint.summed({k: v for k, v in manifest.items() if k != "own"}))
 
     assert not problems(folder)
     own = Run.open(folder).records[3].bytes_up - more
@@ -366,6 +382,27 @@ def test_a_run_that_was_stopped_and_made_longer_is_replayed(tmp_path: Path) -> N
     assert replay(tmp_path / "run", 1, afresh=True, say=quiet).problems == ()
 
 
+def test_a_run_with_a_round_that_was_skipped_is_replayed(tmp_path: Path) -> None:
+    """Rounds in which fewer than three clients are there."""
+    few = ("availability=random:0.4", "faults.min_replies=3", "faults.on_quorum=skip")
+    run = make(tmp_path / "run", *few, rounds=6)
+    events = [json.loads(line)["event"] for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert 0 < events.count("skipped") < 6
+    assert replay(run.path, 1, afresh=True, say=quiet).problems == ()
+    rewrite(run.path, "events.jsonl", lambda row: row.update(why="nothing"))
+    assert "events.jsonl" in replay(run.path, 1, afresh=True, say=quiet).problems[0]
+
+
+@pytest.mark.parametrize("again", [resend, lambda folder, say: replay(folder, 1, say=say)], ids=["resend", "replay"])
+def test_a_run_whose_cohorts_and_noise_came_from_the_system_cannot_be_made_again(again: Any, tmp_path: Path) -> None:
+    private = ("weights=uniform", "privacy.clip=1.0", "privacy.noise=1.0", "privacy.noise_seed=system")
+    run = make(tmp_path / "run", *private, rounds=2)
+    assert problems(run.path) == {}
+    with pytest.raises(StorageError, match="came from the system") as caught:
+        again(run.path, say=quiet)
+    assert caught.value.code == "E405"
+
+
 def test_a_number_that_was_edited_everywhere_is_found_by_replay(folder: Path) -> None:
     """The training loss of round 2 in its last digit: no sum and no length knows it."""
     text = (folder / "metrics.jsonl").read_text()
@@ -390,7 +427,7 @@ def test_a_state_that_is_not_that_of_its_rounds_is_found_by_replay(folder: Path)
         blob = (other.path / "checkpoints" / place.name / file.name).read_bytes()
         file.write_bytes(blob)
         manifest["sha256"][file.name] = checkpoint._sha256(blob)
-    (place / "MANIFEST.json").write_bytes(checkpoint.sealed({k: v for k, v in manifest.items() if k != "own"}))
+    (place / "MANIFEST.json").write_bytes(checkpoint.summed({k: v for k, v in manifest.items() if k != "own"}))
     found = replay(folder, 99, say=quiet).problems
     assert "after round 3 the state is not that in round-000004/model.safetensors" in found
 
@@ -492,6 +529,55 @@ def test_a_log_that_is_cut_or_gone_is_named(log: str, folder: Path) -> None:
     assert log in problems(folder)
     (folder / log).unlink()
     assert log in problems(folder)
+
+
+def odd(path: Path, wrap: Callable[[Any], Any], method: FedAvg | None = None) -> Path:
+    """A run whose engine's replies pass through this."""
+    source = torch.Generator().manual_seed(0)
+    parts = {str(i): (torch.randn(12, 4, generator=source), torch.arange(12) % 2) for i in range(8)}
+    data = ClientData.from_clients(parts)
+    fed = Federation(lambda: torch.nn.Linear(4, 2), data, method=method, cohort=3, engine="loop").through(wrap)
+    return fit(fed, 6, path, keep_clients_log=True, progress=False).path
+
+
+def test_an_answer_from_outside_the_cohort_is_in_the_ledger_and_in_no_clients_row(tmp_path: Path) -> None:
+    """The answer to an earlier round: clients' rows add up to all bytes but those that were not used."""
+    folder = odd(tmp_path / "run", lambda engine: Chaotic(engine, Chaos(late=0.4, seed=1)))
+    rows = [json.loads(line) for line in (folder / "bytes.jsonl").read_text().splitlines()]
+    clients = [json.loads(line) for line in (folder / CLIENTS).read_text().splitlines()]
+    up = sum(row["bytes"] for row in rows if row["direction"] == "up")
+    own = sum(row["bytes_up"] for row in clients)
+    beside = {row["round"] for row in rows if row["layer"] == "_unused"}
+    assert up - sum(row["bytes"] for row in rows if row["layer"] == "_unused") <= own < up
+    assert problems(folder) == {}
+    assert all(check.agrees for check in read(Run.open(folder)).ledger)
+
+    def more(by: int, round: int) -> Callable[[dict[str, Any]], None]:
+        return lambda row: row.update(bytes_up=row["bytes_up"] + by * (row["round"] == round))
+
+    t = next(t for t in range(6) if t not in beside and any(c["round"] == t and c["bytes_up"] for c in clients))
+    for by, there in ((-1, t), (1, t), (10**6, min(beside))):
+        copy = Path(shutil.copytree(folder, tmp_path / f"copy {by}"))
+        rewrite(copy, CLIENTS, more(by, there))
+        assert problems(copy)[CLIENTS].startswith(f"round {there}, up: ")
+
+
+def test_a_probe_that_comes_twice_is_in_no_round(tmp_path: Path) -> None:
+    class Twice:
+        def __init__(self, engine: Any):
+            self.name, self.reason, self.workers = engine.name, engine.reason, engine.workers
+            self._engine = engine
+
+        def replies(self, kind: str, *rest: Any) -> Iterator[Any]:
+            for reply in self._engine.replies(kind, *rest):
+                yield reply
+                if kind == "probe":
+                    yield reply
+
+        def close(self) -> None:
+            self._engine.close()
+
+    assert problems(odd(tmp_path / "run", Twice, SSFL(density=0.5))) == {}
 
 
 def test_what_was_not_committed_is_not_looked_at(folder: Path) -> None:

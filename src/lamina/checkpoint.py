@@ -31,13 +31,14 @@ from lamina.errors import StorageError
 from lamina.federation import Federation, State
 from lamina.privacy.accountant import Made
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
-from lamina.tree import flatten, skeleton, unflatten
+from lamina.store.files import sync
+from lamina.tree import apart, flatten, skeleton, unflatten
 
 _VERSION = 1
 _COST = 0.02  # share of the time that commits may cost, when it is left to `Pace`
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MANIFEST = "MANIFEST.json"
-_SEAL = b', "own": "'  # then the SHA-256 of what stands before it
+_SUM = b', "own": "'  # then the SHA-256 of what stands before it
 _CLIENTS = "clients.safetensors"
 _NAMES = {"model.safetensors", "server.safetensors", "state.json"}
 
@@ -94,7 +95,7 @@ def commit(
         files["state.json"] = json.dumps(_document(state) | {"extra": dict(extra or {})}).encode()
         hashes = {name: _write(temporary / name, blob) for name, blob in files.items()}
         manifest = {"version": _VERSION, "round": state.round, **links, "sha256": hashes}
-        _write(temporary / _MANIFEST, sealed(manifest))
+        _write(temporary / _MANIFEST, summed(manifest))
         sync(temporary)
         _remove(final)  # a round that is committed again after going back to before it
         temporary.rename(final)
@@ -183,20 +184,20 @@ def differences(state: State, path: Path) -> list[str]:
     return odd if all(json.dumps(mine[k]) == json.dumps(written[k]) for k in known) else [*odd, "state.json"]
 
 
-def sealed(manifest: Mapping[str, Any]) -> bytes:
+def summed(manifest: Mapping[str, Any]) -> bytes:
     """As JSON, with the SHA-256 of itself at the end."""
     text = json.dumps(manifest).encode()[:-1]
-    return text + _SEAL + _sha256(text).encode() + b'"}'
+    return text + _SUM + _sha256(text).encode() + b'"}'
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     """None where there is none, or it is damaged. Those of an earlier lamina have no checksum of their own."""
     try:
         blob = (path / _MANIFEST).read_bytes()
-        text, found, seal = blob.rpartition(_SEAL)
+        text, found, own = blob.rpartition(_SUM)
         manifest: dict[str, Any] = json.loads(blob)
         if found:
-            same = seal == _sha256(text).encode() + b'"}' and path.name == place(path, manifest["round"]).name
+            same = own == _sha256(text).encode() + b'"}' and path.name == place(path, manifest["round"]).name
         else:
             same = manifest.keys() == {"version", "sha256"}
         return manifest if same else None
@@ -280,18 +281,7 @@ def _files(state: State) -> dict[str, bytes]:
     parts = {"model.safetensors": model, "server.safetensors": server}
     if not isinstance(state.clients.shelf, Disk):
         parts[_CLIENTS] = {f"{c}/{n}": x for c in state.clients for n, x in flatten(state.clients.get(c).row).items()}
-    return {name: save(_apart(tensors)) for name, tensors in parts.items()}
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same in memory of their own: safetensors refuses values that share some, as states may."""
-    seen: set[int] = set()
-    apart = {}
-    for name, x in tensors.items():
-        place = x.untyped_storage().data_ptr()
-        apart[name] = x.detach().contiguous() if place not in seen else x.detach().contiguous().clone()
-        seen.add(place)
-    return apart
+    return {name: save(apart(tensors)) for name, tensors in parts.items()}
 
 
 def _document(state: State) -> dict[str, Any]:
@@ -405,16 +395,6 @@ def _write(path: Path, blob: bytes) -> str:
         file.flush()
         os.fsync(file.fileno())
     return _sha256(blob)
-
-
-def sync(folder: Path) -> None:
-    """Makes the names in a folder durable; a folder cannot be opened for that on Windows."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _sha256(blob: bytes) -> str:

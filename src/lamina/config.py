@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
 import hashlib
 import inspect
 import json
@@ -48,7 +47,7 @@ from lamina.norms import Policy
 from lamina.privacy import DP, SecureSum
 from lamina.redaction import is_reference
 from lamina.robust import RULES, Rule
-from lamina.settings import PARTS, SECTIONS, Key, Values, collect, merged
+from lamina.settings import IDLE, PARTS, SECTIONS, Key, Values, collect, is_among, merged
 from lamina.store import expect_kind
 from lamina.training import LocalSGD
 
@@ -222,7 +221,7 @@ class Config(BaseModel):
     def origin(self, path: str) -> str:
         """Where a key's value comes from, or a part's name or entry; e.g. ``"exp.toml:9"``."""
         parts = tuple(path.split("."))
-        ways = (parts, (*parts, "name"), (*parts, "entry"))
+        ways = [(*way, *last) for way in (parts, _alone(parts)) for last in ((), ("name",), ("entry",))]
         return next((self._origins[way] for way in ways if way in self._origins), "default")
 
     @property
@@ -234,15 +233,15 @@ class Config(BaseModel):
     @property
     def sha256(self) -> str:
         """Of all keys that can change the result."""
-        tree = self.model_dump(mode="json", exclude={"run", "faults", "sign", "name", "engine", "workers", "store"})
-        tree["faults"] = {key: x for key, x in self.faults.model_dump().items() if not may_change(f"faults.{key}")}
+        tree = self.model_dump(mode="json", exclude={"name", *(pattern.removesuffix(".*") for pattern in IDLE)})
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     @property
-    def fixed(self) -> dict[str, Any]:
-        """Key -> value of all that must stay as it was in a run that has begun; an entry without its folder."""
-        found = [pair for pair in _leaves(self.model_dump(mode="json", exclude={"name"})) if not may_change(pair[0])]
-        return {key: short(value) if is_entry(value) else value for key, value in found}
+    def settings(self) -> dict[str, Any]:
+        """Key -> value of all that can change a round, so not how many there are; an entry without its folder."""
+        found = _leaves(self.model_dump(mode="json", exclude={"name"}))
+        kept = [(key, value) for key, value in found if not is_among(key, (*IDLE, "rounds", "stop.*"))]
+        return {key: short(value) if is_entry(value) else value for key, value in kept}
 
     @property
     def entry_sha256(self) -> dict[str, str | None]:
@@ -261,15 +260,9 @@ TABLES: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-CHANGEABLE = (
-    "rounds", "run.*", "stop.*", "sign.*", "faults.reply_deadline_s", "faults.min_replies", "faults.on_quorum",
-    "faults.rest_rounds", "workers", "engine", "store",
-)  # fmt: skip
-
-
-def may_change(key: str) -> bool:
-    """Whether a run that has begun may go on with another value of this key."""
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in CHANGEABLE)
+def _alone(path: Key) -> Key:
+    """Where the keys of a method stand that is not in a chain."""
+    return ("method", *path[2:]) if path[:2] == ("method", "0") else path
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

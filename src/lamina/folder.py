@@ -15,9 +15,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from safetensors.torch import save
 
@@ -26,8 +26,12 @@ from lamina.data import ClientData
 from lamina.errors import StorageError
 from lamina.federation import Federation, State
 from lamina.record import RoundRecord
-from lamina.redaction import hidden
-from lamina.store.files import beside
+from lamina.redaction import hidden, hidden_in
+from lamina.settings import CHANGEABLE, is_among
+from lamina.store.files import replace
+
+if TYPE_CHECKING:
+    from lamina.config import Config
 
 VERSION = 1
 LOGS = ("metrics.jsonl", "layers.jsonl", "bytes.jsonl", "events.jsonl")
@@ -96,8 +100,7 @@ class Book:
         row = row_after(state, record, before)
         for log, line in logged(row, record):
             if log in self._lines:
-                text = json.dumps(line, ensure_ascii=False)
-                self._lines[log].append((hidden(text) if log == "events.jsonl" else text) + "\n")
+                self._lines[log].append(_line(hidden_in(line) if log == "events.jsonl" else line))
         if counts(row):
             self._best = best_of([row] if self._best is None else [self._best, row], self.info["personal"])
             self._final = row
@@ -105,7 +108,7 @@ class Book:
         return row
 
     def event(self, event: Mapping[str, Any]) -> None:
-        self._lines["events.jsonl"].append(hidden(json.dumps(finite(event), ensure_ascii=False)) + "\n")
+        self._lines["events.jsonl"].append(_line(hidden_in(finite(event))))
 
     def due(self, every: int | Literal["auto"], done: int) -> bool:
         return self._pace.due() if every == "auto" else done % every == 0
@@ -213,6 +216,9 @@ def row_after(state: State, record: RoundRecord, before: Row | None) -> Row:
         network_seconds=None if record.network_seconds is None else record.network_seconds + _clock(before),
         epsilon=record.epsilon,
     )
+
+
+OF_ROUNDS = ("refused", "skipped")  # events that a round leaves; others are of processes
 
 
 def logged(row: Row, record: RoundRecord) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -382,6 +388,23 @@ def read_environment(folder: Path) -> dict[str, Any]:
     return found
 
 
+def other_settings(folder: Path, config: Config, *, resuming: bool = False) -> list[str]:
+    """What this config says otherwise than the run in this folder was begun with: keys, and files behind an entry.
+    Where that lamina had no such key, what this one does unless it is told is what that one did.
+
+    Args:
+        resuming: leave out what may change in a run that has begun.
+    """
+    recorded = read_environment(folder)
+    before, after = recorded.get("config", {}), json.loads(json.dumps(config.settings))
+    after = {key: x for key, x in after.items() if key in before or config.origin(key) != "default"}
+    keys = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+    other = [key for key in keys if not (resuming and is_among(key, CHANGEABLE))]
+    files = recorded.get("entries", {})
+    changed = [key for key, sha256 in config.entry_sha256.items() if key not in keys and files.get(key) != sha256]
+    return other + [f"{config.settings[key].rpartition(':')[0]} ({key}) has changed" for key in changed]
+
+
 def row_of(values: Mapping[str, Any]) -> Row:
     return Row._make(values.get(name) for name in Row._fields)
 
@@ -402,21 +425,6 @@ def _append(path: Path, at: int, blob: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def replace(path: Path, blob: bytes) -> None:
-    """The old content or the new, never something between."""
-    rewrite(path, [blob])
-
-
-def rewrite(path: Path, blobs: Iterable[bytes]) -> None:
-    """The same, piece by piece."""
-    temporary = beside(path)
-    with temporary.open("wb") as file:
-        file.writelines(blobs)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null."""
     if isinstance(value, float):
@@ -424,6 +432,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     return value
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) + "\n"
 
 
 def document(value: Any) -> bytes:

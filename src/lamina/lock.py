@@ -1,7 +1,7 @@
-"""One process at a time at a run folder: a lock that the system lets go of however the process ends, with the process's
-number in the file for whoever is refused.
+"""One process at a time at a folder, be it a run's or a store's: a lock that the system lets go of however the process
+ends, with the process's number in the file for whoever is refused.
 
-Where a file system has no locks, the file decides: whoever it names is at the run for as long as a process of that
+Where a file system has no locks, the file decides: whoever it names has it for as long as a process of that
 number lives on this machine since its last start. So kill -9 and a reboot never stand in the way of `resume`.
 """
 
@@ -31,21 +31,40 @@ def locked(path: Path, where: str) -> Iterator[None]:
     """
     key = os.getpid(), os.path.realpath(path)
     if key in _ours:
-        raise _taken({"pid": os.getpid(), **_machine()}, where)
+        raise _taken(_here(), where)
+    handle = take(path)
+    if isinstance(handle, dict):
+        raise _taken(handle, where)
+    _ours.add(key)
+    try:
+        yield
+    finally:
+        _ours.discard(key)
+        give_back(handle)
+
+
+def take(path: Path) -> int | dict[str, Any]:
+    """The lock file at `path`, for as long as this process has it open: its handle. Else who has it, as far as that is
+    known. A process may take what is its own already. Raises OSError where the file cannot be made."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
     try:
-        if not _obtained(handle):
-            raise _taken(_said(handle), where)
-        _say(handle, {"pid": os.getpid(), **_machine()})
-        _ours.add(key)
-        try:
-            yield
-        finally:
-            _ours.discard(key)
-            with contextlib.suppress(OSError):
-                _say(handle, {})
-    finally:
+        if _obtained(handle):
+            _say(handle, _here())
+            return handle
+        who = _said(handle)
+    except BaseException:
         os.close(handle)
+        raise
+    os.close(handle)
+    return who
+
+
+def give_back(handle: int) -> None:
+    """What `take` gave. In a process that has only inherited it, nobody is told that it is free."""
+    with contextlib.suppress(OSError):
+        if _said(handle).get("pid") == os.getpid():
+            _say(handle, {})
+    os.close(handle)
 
 
 def _taken(who: dict[str, Any], where: str) -> StorageError:
@@ -55,6 +74,10 @@ def _taken(who: dict[str, Any], where: str) -> StorageError:
     return StorageError(
         f"{named} is at this run", code="E406", where=where, remedy="wait until it has ended, or end it"
     )
+
+
+def _here() -> dict[str, Any]:
+    return {"pid": os.getpid(), **_machine()}
 
 
 def _machine() -> dict[str, str]:

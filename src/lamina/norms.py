@@ -35,6 +35,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from lamina.admission import own
 from lamina.client import RESERVED, Reply
 from lamina.errors import ConfigError
 from lamina.record import LayerRecord
@@ -166,7 +167,7 @@ class Bounds:
             if refused is None:
                 yield self._cut(reply, squares)
             elif self._policy.cuts:
-                long.append((_own(reply), squares, refused))
+                long.append((own(reply), squares, refused))
             else:
                 yield refused.on(reply)
         burst = 2 * len(long) > judged  # whoever most are, they are not the few that a bound is against
@@ -200,7 +201,7 @@ class Bounds:
         for reply in replies:
             squares = {} if reply.refused is not None else self._measured(reply.message)
             if held or any(self._bounds[layer] is None and square > 0 for layer, square in squares.items()):
-                held.append((_own(reply), squares))
+                held.append((own(reply), squares))
             else:
                 yield reply, squares
         if held:
@@ -274,10 +275,3 @@ def _times(tree: str, content: Params, factors: Mapping[str, float]) -> Params:
     if tree in RESERVED:
         return content
     return {name: x * factors[key] if (key := _layer(tree, name)) in factors else x for name, x in content.items()}
-
-
-def _own(reply: Reply) -> Reply:
-    """In memory of its own: an engine may overwrite a message once the next reply is asked for."""
-    return reply._replace(
-        message={tree: {name: x.clone() for name, x in content.items()} for tree, content in reply.message.items()}
-    )

@@ -20,11 +20,12 @@ from lamina.data import DATASETS, cached, download
 from lamina.engine import cores
 from lamina.entry import is_entry, short
 from lamina.errors import expect, is_whole, meant
-from lamina.folder import document, finite, read_environment, replace, storing
+from lamina.folder import document, finite, read_environment, storing
 from lamina.machine import cpu_name, installed
 from lamina.recipes import RECIPES
 from lamina.recipes.recipe import Arm, Extra, Outcome, Recipe, Table, Variant, Verdict, accuracy, judged, percent
 from lamina.runs import Run, Watcher
+from lamina.store.files import replace
 from lamina.sweep import diverged, finished, run_once
 from lamina.tabular import markdown
 from lamina.terminal import Column, Fetching, clock, sizes, spread

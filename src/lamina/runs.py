@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -50,13 +49,12 @@ from lamina.folder import (
     document,
     locked,
     now,
+    other_settings,
     read_environment,
     read_info,
     read_rows,
-    replace,
     restore,
     result,
-    rewrite,
     split_document,
     storing,
 )
@@ -64,8 +62,10 @@ from lamina.machine import content, environment
 from lamina.method import Chain, Method
 from lamina.record import RoundRecord
 from lamina.redaction import hidden
+from lamina.settings import CHANGEABLE, is_among
 from lamina.stop import Stop
 from lamina.store import ClientStore
+from lamina.store.files import replace, rewrite, sync
 
 if TYPE_CHECKING:
     from lamina.config import Config
@@ -303,16 +303,16 @@ def fit(
                 from lamina.config import to_toml
 
                 replace(folder / "config.toml", to_toml(config).encode())
-            began = {} if config is None else {"config": config.fixed, "entries": config.entry_sha256}
+            began = {} if config is None else {"config": config.settings, "entries": config.entry_sha256}
             replace(folder / "env.json", document(environment(fed) | began))
             rewrite(folder / "split.json", split_document(fed.data))
             for log in book.logs:
                 (folder / log).write_bytes(b"")
             book.save()
-            checkpoint.sync(folder)
+            sync(folder)
             for above in list(folder.absolute().parents)[:2]:  # they may have been made for it
                 with contextlib.suppress(OSError):  # they are not ours, and need not be readable
-                    checkpoint.sync(above)
+                    sync(above)
         return _drive(fed, book, Run(folder, book.info, [], fed, None), rounds, _watcher(progress))
 
 
@@ -328,7 +328,7 @@ def resume(
 
     Args:
         rounds: in total; None: as many as it was to have.
-        keys: `key=value` over the run's config, of those in `lamina.config.CHANGEABLE`.
+        keys: `key=value` over the run's config, of those in `lamina.settings.CHANGEABLE`.
         fed: for a run that was not made from a config.
 
     Raises:
@@ -372,6 +372,8 @@ def resume(
                 os.truncate(folder / log, length)
             if (folder / "config.toml").is_file():
                 _rewrite_config(folder / "config.toml", changed | {"rounds": total})
+            if config is not None:
+                replace(folder / "env.json", document(read_environment(folder) | {"config": config.settings}))
         watcher = _watcher(progress)
         for damaged in passed:
             book.event({"event": "passed over", "code": "E404", "message": f"{damaged} is damaged"})
@@ -386,8 +388,6 @@ def resume(
 
 def changes(path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
     """Key -> value, of `key=value` for a run that has begun. Raises StorageError E405 for one that cannot change."""
-    from lamina.config import CHANGEABLE, may_change
-
     folder = Path(path)
     run = Run(folder, read_info(folder), [], None, None)
 
@@ -399,7 +399,7 @@ def changes(path: str | Path, keys: Sequence[str]) -> dict[str, Any]:
         return {}
     for number, argument in enumerate(keys, start=2):
         key = argument.partition("=")[0]
-        if not may_change(key):
+        if not is_among(key, CHANGEABLE):
             raise refuse(key, number, remedy=f"what can: {', '.join(CHANGEABLE)}")
     tree = run._config(keys).model_dump(mode="json")
     found: dict[str, Any] = {}
@@ -460,21 +460,14 @@ def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federatio
     def refuse(message: str, remedy: str | None = None) -> StorageError:
         return StorageError(message, code="E405", where=str(folder), remedy=remedy)
 
-    recorded = read_environment(folder)
-    if config is not None and "config" in recorded:
-        before, after = recorded["config"], json.loads(json.dumps(config.fixed))
-        after = {k: v for k, v in after.items() if k in before or config.origin(k) != "default"}  # new in this lamina
-        other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
-        if other:
-            raise refuse(
-                f"config.toml is not what this run was started with: {', '.join(other)}",
-                "put it back, or start another run: lamina run config.toml",
-            )
-        for key, sha256 in config.entry_sha256.items():
-            if recorded.get("entries", {}).get(key) != sha256:
-                raise refuse(f"{config.fixed[key].rpartition(':')[0]} ({key}) has changed since this run began")
+    other = [] if config is None else other_settings(folder, config, resuming=True)
+    if other:
+        raise refuse(
+            f"config.toml is not what this run was started with: {', '.join(other)}",
+            "put it back, or start another run: lamina run config.toml",
+        )
     fed = run._federation() if config is None else _built(run, config)
-    data, held = recorded["data"], content(fed.data)
+    data, held = read_environment(folder)["data"], content(fed.data)
     if fed.data.fingerprint != data["fingerprint"] or data.get("content", held) != held:
         raise refuse("the data is not what this run was started on")
     spec = fed.local.schedule
@@ -524,8 +517,7 @@ def new_folder(experiment: str, method: str, root: str | Path | None = None) -> 
     parent = experiment_folder(experiment, top)
     with storing(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        taken = [int(p.name[:3]) for p in parent.iterdir() if re.match(r"\d{3}-", p.name)]
-        number = max(taken, default=0) + 1
+        number = max((number_of(p) for p in parent.iterdir()), default=0) + 1
         while True:
             folder = parent / f"{number:03d}-{_as_name(method)}"
             try:
@@ -538,6 +530,12 @@ def new_folder(experiment: str, method: str, root: str | Path | None = None) -> 
         link.symlink_to(folder.relative_to(top), target_is_directory=True)
         link.replace(top / "latest")
     return folder
+
+
+def number_of(folder: Path) -> int:
+    """Of a run, among those of its experiment; 0 for a folder that has none."""
+    found = re.match(r"(\d{3,})-", folder.name)
+    return int(found[1]) if found else 0
 
 
 def experiment_folder(experiment: str, top: Path) -> Path:
@@ -618,6 +616,7 @@ def _rounds(
     if total % hold:
         watcher.note(f"rounds={total} is no multiple of {hold}: the run may end with layers waiting")
     try:
+        trackers.feed()  # what the process before committed and had no time to hand on
         if rounds and not stopped:
             going = fed.run(rounds, run._state, evaluate_every=options["evaluate_every"])
             with contextlib.closing(cast("Generator[tuple[State, RoundRecord]]", going)):
@@ -651,6 +650,7 @@ def _rounds(
         raise
     except LaminaError as error:
         book.last_words(run._state)
+        trackers.feed()
         if interrupts.asked and error.code == "E303":  # the signal went to the worker processes too
             book.fail("interrupted", interrupts.exit_code, "interrupted")
             raise Interrupted(run) from error
@@ -658,6 +658,7 @@ def _rounds(
         raise
     except Exception as error:
         book.last_words(run._state)
+        trackers.feed()
         with contextlib.suppress(OSError):
             replace(book.folder / "crash.txt", hidden(traceback.format_exc()).encode(errors="replace"))
         book.fail("failed", 4, f"{type(error).__name__}: {error}")

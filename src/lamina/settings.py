@@ -8,6 +8,7 @@ part drops what lower layers said about the one before.
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.resources
 import os
 import re
@@ -30,8 +31,19 @@ _OWN_VARIABLES = (
     "LAMINA_KEY",
 )  # of the environment, not keys
 
+IDLE = ("run.*", "sign.*", "workers", "engine", "store")  # keys that cannot change the result
+CHANGEABLE = (  # keys that may change in a run that has begun; what a round puts up with, for the rounds that come
+    "rounds", "run.*", "stop.*", "sign.*", "faults.reply_deadline_s", "faults.min_replies", "faults.on_quorum",
+    "faults.rest_rounds", "workers", "engine", "store",
+)  # fmt: skip
+
 Key = tuple[str, ...]  # ("method", "phi"), or ("method", "0", "phi") in a chain
 Values = dict[Key, tuple[Any, str]]  # key -> value, origin
+
+
+def is_among(key: str, patterns: Collection[str]) -> bool:
+    """Whether one of these names stands for this key; ``"run.*"`` does for all keys of a section."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def collect(

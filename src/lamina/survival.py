@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +27,9 @@ from lamina.client import Reply
 from lamina.engine.base import Engine, Kind, Pack
 from lamina.errors import ConfigError, LaminaError, RunError
 from lamina.federation import Federation
-from lamina.folder import read_info
+from lamina.folder import CLIENTS, read_info, read_log
 from lamina.method import Plan
+from lamina.redaction import hidden, printable
 from lamina.runs import Watcher, fit, new_folder, resume
 from lamina.store import Row
 
@@ -101,7 +105,9 @@ def survive(
         except RunError as caught:
             error = caught
             if caught.code != "E303" or not any(kill.what == "worker" for kill in left.kills):
-                break  # no part of the chaos
+                if (folder / "run.json").exists():
+                    break  # no part of the chaos
+                raise
         if error is None and read_info(folder)["status"] == "done":
             break
         done = read_info(folder)["rounds_done"] if (folder / "run.json").exists() else 0
@@ -111,11 +117,13 @@ def survive(
         left = replace(left, kill=still)
     account = counted(folder)
     if error is not None:
-        account.why, account.code = error.message, error.code
+        account.why, account.code = hidden(error.message), error.code
     elif not check:
         account.why = "not asked for"
     elif config.faults.norm != "off":
         account.why = "bounds of faults.norm follow from all lengths that come, refused ones included"
+    elif config.privacy.noise_seed == "system":
+        account.why = "cohorts and noise come from the system (privacy.noise_seed): a second run has others"
     else:
         account.expected = _expected(config, chaos, folder)
     if error is None and chaos.attack == "backdoor":
@@ -144,8 +152,10 @@ def _attempt(config: Config, chaos: Chaos, folder: Path, watcher: Watcher | bool
     except EOFError:
         said = None
     process.join()
-    if said is None:
+    if said is None and process.exitcode == -signal.SIGKILL:
         raise _Killed
+    if said is None:
+        raise RunError(f"its process ended with status {process.exitcode}", code="E303", where=str(folder))
     if said:
         raise RunError(said["message"], code=said["code"], where=said["where"], remedy=said["remedy"])
 
@@ -158,6 +168,12 @@ def _child(pipe: Any, config: str, chaos: str, folder: str) -> None:
         _go(configs.Config.model_validate_json(config), Chaos(**{**given, "kill": tuple(given["kill"])}), Path(folder))
     except LaminaError as error:
         said = {"message": error.message, "code": error.code, "where": error.where, "remedy": error.remedy}
+    except Exception as error:  # the user's: what is told of it here is what `lamina run` would tell
+        notes = getattr(error, "__notes__", [])
+        if not notes:
+            print(printable(hidden(traceback.format_exc())), file=sys.stderr)
+        text = f"{type(error).__name__}: {' '.join(hidden(str(error)).split())[:300]}"
+        said = {"message": text, "code": "E300", "where": folder, "remedy": "; ".join(notes) or None}
     pipe.send_bytes(json.dumps(said).encode())
 
 
@@ -182,12 +198,12 @@ def counted(folder: Path) -> Account:
     account = Account(str(folder), info["status"], info["rounds_done"], sha256=info["final_sha256"])
     account.bytes_up, account.bytes_down = info["bytes_up"], info["bytes_down"]
     refused: Counter[str] = Counter()
-    for row in _rows(folder / "clients.jsonl"):
+    for row in _rows(folder, CLIENTS):
         account.asked += 1
         account.used += row["refused"] is None
         refused.update([row["refused"]] if row["refused"] else ())
     beside: Counter[str] = Counter()
-    for event in _rows(folder / "events.jsonl"):
+    for event in _rows(folder, "events.jsonl"):
         account.resumed += event["event"] == "resumed"
         account.skipped += event["event"] == "skipped"
         beside.update([event["code"]] if event.get("code") in _BESIDE else ())
@@ -195,10 +211,10 @@ def counted(folder: Path) -> Account:
     return account
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+def _rows(folder: Path, log: str) -> Iterator[dict[str, Any]]:
+    """What is committed of it."""
+    length = read_info(folder)["lengths"].get(log, 0)
+    return read_log(folder / log, length) if length else iter(())
 
 
 # ---- the same run from the survivors
@@ -234,7 +250,7 @@ def survivors(fed: Federation, lost: Mapping[tuple[int, int], str]) -> Federatio
 
 def _expected(config: Config, chaos: Chaos, folder: Path) -> str | None:
     """The fingerprint of the model that the survivors make; None without any round."""
-    rows = _rows(folder / "clients.jsonl")
+    rows = _rows(folder, CLIENTS)
     lost = {(r["round"], r["client"]): r["refused"] for r in rows if r["refused"] not in (None, "E302", "E306")}
     fed = survivors(_under_attack(config, chaos), lost)
     last = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable, Generator, Sequence
@@ -25,11 +24,11 @@ from lamina.data import DATASETS, cached, download
 from lamina.engine import processes
 from lamina.errors import ConfigError, LaminaError, RunError, StorageError, expect, is_whole
 from lamina.federation import Federation
-from lamina.folder import read_environment, read_info, standing
+from lamina.folder import other_settings, read_environment, read_info, standing
 from lamina.jobs import Job, follow, going
 from lamina.redaction import hidden
 from lamina.runs import Run, Watcher
-from lamina.settings import Values, collect
+from lamina.settings import IDLE, Values, collect
 from lamina.terminal import Fetching, Quiet
 
 DIVERGED = ("E310", "E312")  # no message of a round could be used: a result of its settings
@@ -107,7 +106,7 @@ def points(target: str | Path, arguments: Sequence[str], seeds: int | None = Non
             f"{point.title} and {other.title} are the same experiment",
             code="E103",
             where="command line",
-            remedy="keys that cannot change the result (engine, workers, store, run, faults) have one value in a sweep",
+            remedy=f"keys that cannot change the result ({', '.join(IDLE)}) have one value in a sweep",
         )
     return list(made.values())
 
@@ -174,7 +173,11 @@ def sweep(
             with fetching as progress:
                 download(name, progress=progress)
     errors: dict[int, str] = {}
-    outcomes = (_one_by_one if jobs == 1 else _at_once)(planned, folders, to_do, top, jobs, watcher, told)
+    outcomes = (
+        _one_by_one(planned, folders, to_do, top, watcher, told)
+        if jobs == 1
+        else _at_once(planned, folders, to_do, top, jobs, told)
+    )
     with contextlib.closing(outcomes):
         for i, folder, error in outcomes:
             folders[i] = folder
@@ -194,7 +197,6 @@ def _one_by_one(
     folders: Sequence[Path | None],
     to_do: Sequence[int],
     top: Path,
-    jobs: int,
     watcher: Watcher,
     told: Told,
 ) -> _Outcomes:
@@ -222,7 +224,6 @@ def _at_once(
     to_do: Sequence[int],
     top: Path,
     jobs: int,
-    watcher: Watcher,
     told: Told,
 ) -> _Outcomes:
     def begun(i: int) -> Job:
@@ -313,9 +314,7 @@ def finished(folder: Path | None, config: Config) -> Run | None:
     if folder is None or not (folder / "run.json").exists():
         return None
     run = Run.open(folder)
-    before = read_environment(folder).get("config", {})
-    after = json.loads(json.dumps(config.fixed))
-    other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+    other = other_settings(folder, config)
     other += ["rounds"] if run.info["rounds"] != config.rounds else []
     if other:
         raise StorageError(
@@ -341,11 +340,11 @@ def _folder_of(top: Path, config: Config) -> Path | None:
         folder = file.parent
         with contextlib.suppress(LaminaError):  # a damaged folder, or one of another version, is none of ours
             info = read_info(folder)
-            if info["config_sha256"] != config.sha256 or not re.match(r"\d{3,}-", folder.name):
+            if info["config_sha256"] != config.sha256 or not runs.number_of(folder):
                 continue
             if read_environment(folder).get("entries", {}) == config.entry_sha256:
-                found.append((info["status"] == "done", folder))
-    return max(found)[1] if found else None
+                found.append((info["status"] == "done", runs.number_of(folder), folder))
+    return max(found)[2] if found else None
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from lamina.redaction import printable
+
 if TYPE_CHECKING:
     from lamina.federation import Federation
     from lamina.folder import Row
@@ -416,7 +418,7 @@ class Terminal:
         """Where nobody reads on (`| head`, a terminal that was closed), the run goes on unseen."""
         try:
             for line in lines:
-                self.out.print(Text(line), soft_wrap=True)
+                self.out.print(Text(printable(line)), soft_wrap=True)
             self.out.file.flush()
         except OSError:
             self.out.quiet = True
@@ -431,7 +433,7 @@ class Quiet:
     def round(self, row: Row) -> None: ...
 
     def note(self, text: str) -> None:
-        print(f"! {text}", file=sys.stderr, flush=True)
+        print(f"! {printable(text)}", file=sys.stderr, flush=True)
 
     def end(self, run: Run) -> None: ...
 

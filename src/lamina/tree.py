@@ -76,6 +76,17 @@ def squared_norms(a: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: squared_norm(x) for name, x in a.items()}
 
 
+def apart(a: Mapping[str, Tensor]) -> Params:
+    """The same in memory of their own: safetensors refuses values that share some, as those of a state may."""
+    seen: set[int] = set()
+    made: Params = {}
+    for name, x in a.items():
+        place = x.untyped_storage().data_ptr()
+        made[name] = x.detach().contiguous() if place not in seen else x.detach().contiguous().clone()
+        seen.add(place)
+    return made
+
+
 def top_fraction(scores: Tensor, keep: int) -> Tensor:
     """Boolean mask of the `keep` largest scores; ties go to the lower flat index."""
     flat = scores.reshape(-1)

@@ -392,6 +392,19 @@ def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
         served(path, joined(path, tmp_path), tmp_path, resume=str(run.path), rounds=2)
 
 
+def test_a_run_of_before_a_key_was_there_is_resumed_and_may_put_up_with_less(tmp_path: Path) -> None:
+    """As if lamina had no `diagnostics` yet when it began, in env.json and in the app."""
+    path = app(tmp_path, "rounds=1", "faults.min_replies=2")
+    run = served(path, joined(path, tmp_path), tmp_path)
+    environment = json.loads((run.path / "env.json").read_text())
+    del environment["config"]["diagnostics"]
+    (run.path / "env.json").write_text(json.dumps(environment))
+    said = path.read_text().replace("min_replies = 2", "min_replies = 1").splitlines(keepends=True)
+    path.write_text("".join(line for line in said if not line.startswith("diagnostics")))
+    again = served(path, joined(path, tmp_path), tmp_path, resume=str(run.path), rounds=2)
+    assert again.info["rounds_done"] == 2
+
+
 def test_what_a_run_says_is_in_its_report(tmp_path: Path) -> None:
     path = app(tmp_path, "rounds=2")
     report = tmp_path / "report.jsonl"
@@ -564,3 +577,48 @@ def test_a_nodes_error_does_not_carry_its_key(tmp_path: Path, monkeypatch: pytes
     assert "ValueError" in caught.value.message
     assert "***" in caught.value.message
     assert SECRET not in str(caught.value)
+
+
+# ---- what a server says and keeps
+
+
+def test_a_report_has_no_secret_and_a_terminal_is_sent_no_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A node chooses its reason: it may quote what both know, and hold what a terminal obeys."""
+    monkeypatch.setenv("MY_TOKEN", 'pa"ss\\word1')
+    with serving.Report(str(tmp_path / "report.jsonl")) as report:
+        report.note('node 1 is left out: \x1b]0;owned\x07 pa"ss\\word1')
+    assert capsys.readouterr().out == "  node 1 is left out: ?]0;owned? ***\n"
+    said = [json.loads(line)["text"] for line in (tmp_path / "report.jsonl").read_text().splitlines()]
+    assert said == ["  node 1 is left out: \x1b]0;owned\x07 ***", "node 1 is left out: \x1b]0;owned\x07 ***"]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_what_was_sent_is_not_remembered_for_ever(blocking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody answers. Kept are the last 3, or all of one call: their answers come next."""
+    monkeypatch.setattr(mod, "_KEPT", 3)
+    inner = plain("int8", moved)
+    grid: Any = mod.Decoding(inner)
+
+    def sent(count: int) -> int:
+        content = RecordDict({"arrays": arrays(w=torch.ones(1))})
+        many = [Message(content, dst_node_id=1, message_type="train") for _ in range(count)]
+        if blocking:
+            inner.happens = lambda node, message, reply: None
+            assert grid.send_and_receive(many, timeout=0.0) == []
+        else:
+            grid.push_messages(many)
+        return len(grid._sent)
+
+    assert [sent(n) for n in (2, 2, 5, 1)] == [2, 3, 5, 3]
+
+
+def test_ledgers_are_compared_as_they_are_committed_whatever_clients_are_called(tmp_path: Path) -> None:
+    from lamina.flower import parity
+
+    row = {"round": 0, "name": "a\u2028b", "bytes_up": 3}
+    text = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    (tmp_path / "clients.jsonl").write_bytes(text + b'{"half')
+    run = Run(tmp_path, {"lengths": {"clients.jsonl": len(text)}}, [], None, None)
+    assert parity._rows(run, "clients.jsonl") == {(0, "client", "a\u2028b"): {"bytes_up": 3}}

@@ -6,13 +6,13 @@ after a commit (143 by SIGTERM, 129 by SIGHUP).
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Annotated, Any
 
 import typer
 
 from lamina.cli import chaos, comparing, explaining, flower, here, inspecting, looking, reporting, running, scaffolding
+from lamina.cli.base import complain
 
 app = typer.Typer(
     name="lamina",
@@ -57,4 +57,4 @@ def main() -> None:
 
 
 def _warn(message: Any, category: Any, filename: Any, lineno: Any, file: Any = None, line: Any = None) -> None:
-    print(f"! {message}", file=sys.stderr)
+    complain(f"! {message}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from lamina.errors import ConfigError, LaminaError, StorageError
-from lamina.redaction import hidden
+from lamina.redaction import hidden, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,10 +39,10 @@ def guarded(command: F) -> F:
         try:
             command(*args, **kwargs)
         except LaminaError as error:
-            print(hidden(str(error)), file=sys.stderr)
+            complain(str(error))
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:
-            print(str(error) or "interrupted", file=sys.stderr)
+            complain(str(error) or "interrupted")
             raise typer.Exit(getattr(error, "exit_code", 130)) from error
         except BrokenPipeError as error:  # `lamina ... | head`: nobody reads on
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,9 +52,9 @@ def guarded(command: F) -> F:
                 raise
             notes = getattr(error, "__notes__", [])
             if not notes:
-                print(hidden(traceback.format_exc()), file=sys.stderr)
+                complain(traceback.format_exc())
             said = " ".join(hidden(str(error)).split())[:300]
-            print(f"E300  {type(error).__name__}: {said}  [{'; '.join(notes) or 'traceback above'}]", file=sys.stderr)
+            complain(f"E300  {type(error).__name__}: {said}  [{'; '.join(notes) or 'traceback above'}]")
             raise typer.Exit(4) from error
 
     return guarded  # type: ignore[return-value]  # the same signature, by functools.wraps
@@ -70,7 +70,12 @@ def say(out: Console, lines: Sequence[str]) -> None:
     from rich.text import Text
 
     for line in lines:
-        out.print(Text(line), soft_wrap=True)
+        out.print(Text(printable(line)), soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    """On the error output: no secret, and nothing that a terminal obeys."""
+    print(printable(hidden(text)), file=sys.stderr)
 
 
 def written(files: Sequence[Path], json: bool, no_color: bool) -> None:
@@ -83,10 +88,9 @@ def written(files: Sequence[Path], json: bool, no_color: bool) -> None:
 
 
 def find_all(text: str, root: Path) -> list[Path]:
-    if (span := re.fullmatch(r"(\d{3})-(\d{3})", text)) and not Path(text).exists():
-        numbers = range(int(span[1]), int(span[2]) + 1)
-        there = [f"{n:03d}" for n in numbers if _numbered(f"{n:03d}", root)]
-        return [find(number, root) for number in there or [span[1]]]
+    if (span := re.fullmatch(r"(\d{3,})-(\d{3,})", text)) and not Path(text).exists():
+        there = sorted({number for number, _ in _numbered(root) if int(span[1]) <= number <= int(span[2])})
+        return [find(f"{number:03d}", root) for number in there or [int(span[1])]]
     return [find(text, root)]
 
 
@@ -95,7 +99,7 @@ def find(text: str, root: Path) -> Path:
     for folder in (Path(text), root / text):
         if (folder / "run.json").is_file():
             return folder.resolve() if folder.is_symlink() else folder
-    found = _numbered(text, root)
+    found = [folder for number, folder in _numbered(root) if re.fullmatch(r"\d+", text) and number == int(text)]
     if len(found) > 1:
         experiment = (root / "latest").resolve().parent.name
         found = [folder for folder in found if folder.parent.name == experiment] or found
@@ -106,7 +110,9 @@ def find(text: str, root: Path) -> Path:
     raise StorageError(f"there is no run {text!r} under {root}", code="E403", remedy="`lamina list runs` names them")
 
 
-def _numbered(text: str, root: Path) -> list[Path]:
-    if not re.fullmatch(r"\d{1,3}", text):
-        return []
-    return sorted(p.parent for p in root.glob(f"*/{int(text):03d}-*/run.json") if not p.parent.is_symlink())
+def _numbered(root: Path) -> list[tuple[int, Path]]:
+    """The runs that have numbers, by them."""
+    from lamina.runs import number_of
+
+    found = ((number_of(file.parent), file.parent) for file in root.glob("*/*-*/run.json"))
+    return sorted((number, folder) for number, folder in found if number and not folder.parent.is_symlink())

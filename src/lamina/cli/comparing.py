@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.base import Json, NoColor, Quiet, RunDir, find, find_all, guarded, say, watcher_for, written
+from lamina.cli.base import Json, NoColor, Quiet, RunDir, complain, find, find_all, guarded, say, watcher_for, written
 from lamina.errors import ConfigError
-from lamina.redaction import hidden
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -114,23 +112,23 @@ def sweep(
             again = f"lamina compare {_called([run.path for run in done.runs], run_dir)} --latex"
             say(out, ["", *comparison.as_text(rows, terminal.width_of(out)), "", f"  next  {again}"])
     if done.failed:
-        print(f"{len(done.failed)} of {len(planned)} runs failed", file=sys.stderr)
+        complain(f"{len(done.failed)} of {len(planned)} runs failed")
         for failure in done.failed:
             named = " ".join(f"{key}={value}" for key, value in failure["settings"].items())
             said = f"! {failure['run'] or named} seed {failure['seed']}: {failure['error']}"
-            print(hidden(said), file=sys.stderr)
+            complain(said)
         raise typer.Exit(4)
 
 
 def _called(folders: list[Path], run_dir: Path | None) -> str:
     """The shortest names by which `find` finds them: ranges of numbers, where they are of the latest experiment."""
-    from lamina.runs import runs_root
+    from lamina.runs import number_of, runs_root
 
     root = runs_root(run_dir)
     where = "" if run_dir is None else f" --run-dir {run_dir}"
     if {folder.resolve().parent for folder in folders} != {(root / "latest").resolve().parent}:
         return " ".join(str(folder) for folder in folders)
-    numbers = sorted(int(folder.name[:3]) for folder in folders)
+    numbers = sorted(number_of(folder) for folder in folders)
     spans: list[list[int]] = []
     for number in numbers:
         if spans and number == spans[-1][-1] + 1:

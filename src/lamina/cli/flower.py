@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.base import Json, Keys, NoColor, Quiet, RunDir, guarded, say, written
+from lamina.cli.base import Json, Keys, NoColor, Quiet, RunDir, complain, guarded, say, written
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -111,7 +110,7 @@ def flower_rehearse(
             said = {"run-dir": str(runs.runs_root(run_dir).resolve()), "together": together}
             outcome = rehearsed.wait(rehearsed.submit(top / "app", said), see)
     if outcome.exit_code:
-        print(outcome.error, file=sys.stderr)
+        complain(outcome.error)
         raise typer.Exit(outcome.exit_code)
     if quiet and not json:
         print(outcome.folder)

@@ -225,12 +225,13 @@ def _duration(size: str) -> str:
 
 def _runs_listed(run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column]]:
     from lamina.folder import standing
-    from lamina.runs import Run, runs_root
+    from lamina.runs import Run, number_of, runs_root
     from lamina.terminal import Column, share, size
 
     rows: list[dict[str, Any]] = []
     nothing = dict.fromkeys(("accuracy", "rounds", "rounds_done", "bytes_up", "bytes_down", "uplink"))
-    for file in sorted(runs_root(run_dir).glob("*/*-*/run.json")):
+    found = runs_root(run_dir).glob("*/*-*/run.json")
+    for file in sorted(found, key=lambda file: (file.parent.parent, number_of(file.parent), file)):
         try:
             run = Run.open(file.parent)
         except LaminaError as error:

@@ -10,6 +10,7 @@ import typer
 from lamina.cli import inspecting
 from lamina.cli.base import Json, Keys, NoColor, Quiet, RunDir, find, guarded, say, watcher_for
 from lamina.errors import ConfigError
+from lamina.settings import CHANGEABLE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,11 +77,7 @@ def resume(
     quiet: Quiet = False,
     no_color: NoColor = False,
 ) -> None:
-    """Go on with a run from its last commit, as if it had never stopped.
-
-    What cannot change its result may change: rounds, run.*, stop.*, faults.reply_deadline_s, faults.min_replies,
-    workers, store, and the engine where the bits stay the same.
-    """
+    """Go on with a run from its last commit, as if it had never stopped."""
     from lamina import runs, terminal
     from lamina.folder import read_info
 
@@ -95,6 +92,12 @@ def resume(
         watcher.end(runs.Run.open(folder))
         return
     finish(runs.resume(folder, keys=keys or (), progress=watcher), quiet and not json)
+
+
+resume.__doc__ = f"""{resume.__doc__}
+
+    What may change: {", ".join(CHANGEABLE)}. An engine, where the bits stay the same; faults, for the rounds that come.
+    """
 
 
 @guarded

@@ -43,7 +43,7 @@ from lamina.engine.children import (
 from lamina.engine.stack import Alike
 from lamina.errors import LaminaError, RunError, class_of
 from lamina.method import Plan
-from lamina.redaction import hidden
+from lamina.redaction import hidden, printable
 from lamina.store import Row
 from lamina.tree import Message, flatten, skeleton, unflatten
 
@@ -281,7 +281,7 @@ class _Child:
         except (EOFError, ConnectionResetError, BrokenPipeError):
             pass  # the parent closed the pipe: the run is over
         except BaseException:
-            print(hidden(traceback.format_exc()), file=sys.stderr, flush=True)
+            print(printable(hidden(traceback.format_exc())), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
 

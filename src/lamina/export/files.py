@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from lamina.errors import StorageError
 from lamina.export.feed import lines
-from lamina.folder import Row, read_rows, replace, standing, storing
+from lamina.folder import Row, read_rows, standing, storing
+from lamina.store.files import replace
 from lamina.tabular import commas, latex, markdown
 from lamina.terminal import Column, share, sizes
 

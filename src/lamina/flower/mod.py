@@ -63,7 +63,7 @@ class Decoding:
 
     def __init__(self, grid: Any):
         self._grid = grid
-        self._sent: OrderedDict[str, dict[str, Params]] = OrderedDict()  # by message
+        self._sent: OrderedDict[str, dict[str, ArrayRecord]] = OrderedDict()  # by message
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._grid, name)
@@ -72,9 +72,7 @@ class Decoding:
         going = [*messages]
         trees = [dict(message.content.array_records.items()) for message in going]
         ids = [*self._grid.push_messages(going)]
-        self._sent |= {said: tree for said, tree in zip(ids, trees, strict=False) if said is not None}
-        while len(self._sent) > _KEPT:
-            self._sent.popitem(last=False)
+        self._remember(zip(ids, trees, strict=False))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -84,8 +82,16 @@ class Decoding:
         going = [*messages]
         trees = [dict(message.content.array_records.items()) for message in going]
         replies = [*self._grid.send_and_receive(going, timeout=timeout)]
-        self._sent |= {message.metadata.message_id: tree for message, tree in zip(going, trees, strict=True)}
+        ids = [message.metadata.message_id for message in going]
+        self._remember(zip(ids, trees, strict=True))
         return [self._decoded(reply) for reply in replies]
+
+    def _remember(self, sent: Iterable[tuple[str | None, dict[str, ArrayRecord]]]) -> None:
+        """What was sent last is kept whole, however much that is: its answers come next."""
+        new = {said: tree for said, tree in sent if said is not None}
+        self._sent |= new
+        while len(self._sent) > max(_KEPT, len(new)):
+            self._sent.popitem(last=False)
 
     def _decoded(self, reply: Message) -> Message:
         sent = self._sent.pop(reply.metadata.reply_to_message_id, {})

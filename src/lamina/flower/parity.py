@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from lamina.errors import RunError
 from lamina.flower import project
 from lamina.flower.rehearsal import Rehearsal
 from lamina.flower.settings import deployable
-from lamina.folder import CLIENTS
+from lamina.folder import CLIENTS, read_log
 from lamina.remote import Roll, register
 from lamina.runs import Run
 
@@ -102,7 +101,8 @@ def _simulated(config: Config, folder: Path) -> Run:
 
 def _compared(config: Config, local: Run, remote: Run, traffic: dict[str, int]) -> Compared:
     differences = [text for log in _LEDGERS for text in _differences(log, local, remote)]
-    rows = [json.loads(line) for line in (remote.path / "flower.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = remote.path / "flower.jsonl"
+    rows = [*read_log(log, log.stat().st_size)]
     carried = {key: sum(row[key] for row in rows) for key in rows[0] if key != "round"}
     title = f"{config.method_title}, up {local.info['uplink']}, down {local.info['downlink']}"
     finals = str(local.info["final_sha256"]), str(remote.info["final_sha256"])
@@ -111,7 +111,7 @@ def _compared(config: Config, local: Run, remote: Run, traffic: dict[str, int]) 
 
 
 def _differences(log: str, local: Run, remote: Run) -> list[str]:
-    ours, theirs = (_rows(run.path / log) for run in (local, remote))
+    ours, theirs = (_rows(run, log) for run in (local, remote))
     keys = [*ours, *(key for key in theirs if key not in ours)]
     return [
         f"{log} {' '.join(map(str, key))}: {ours.get(key, 'nothing')} in the simulator, {theirs.get(key, 'nothing')}"
@@ -120,11 +120,10 @@ def _differences(log: str, local: Run, remote: Run) -> list[str]:
     ]
 
 
-def _rows(path: Path) -> dict[tuple[Any, ...], Any]:
+def _rows(run: Run, log: str) -> dict[tuple[Any, ...], Any]:
     """What was counted, by what it was counted for."""
     found: dict[tuple[Any, ...], Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_log(run.path / log, run.info["lengths"][log]):
         if "layer" in row:
             found[row["round"], row["phase"], row["direction"], row["layer"]] = row["bytes"]
         else:

@@ -22,8 +22,8 @@ from lamina.federation import Federation
 from lamina.flower.post import Carried, GridPost
 from lamina.flower.rollcall import RollCall
 from lamina.flower.settings import RunKeys, back, expect_together, keys_of, loaded
-from lamina.folder import Row, finite, read_environment
-from lamina.redaction import hidden
+from lamina.folder import Row, finite, other_settings
+from lamina.redaction import hidden, hidden_in, printable
 from lamina.remote import AtServer, over, register
 from lamina.runs import Run
 from lamina.store.files import replace
@@ -109,10 +109,7 @@ def _resumed(keys: RunKeys, config: Config) -> Path:
     folder = Path(keys.resume)
     if not folder.is_absolute() and not folder.exists():
         folder = runs.runs_root(keys.run_dir or None) / folder
-    recorded = read_environment(Run.open(folder).path)
-    before = recorded.get("config", {}) | {f"the file of {key}": x for key, x in recorded.get("entries", {}).items()}
-    after = json.loads(json.dumps(config.fixed)) | {f"the file of {key}": x for key, x in config.entry_sha256.items()}
-    other = [key for key in {**before, **after} if before.get(key, ...) != after.get(key, ...)]
+    other = other_settings(Run.open(folder).path, config, resuming=True)
     if other:
         said = f"the app's config is not what this run was started with: {', '.join(other)}"
         raise StorageError(said, code="E405", where=str(folder), remedy="put it back, or start another run")
@@ -151,11 +148,11 @@ class Report:
 
     def put(self, event: str, **values: Any) -> None:
         if self._file is not None:
-            self._file.write(hidden(json.dumps(finite({"event": event, **values}), ensure_ascii=False)) + "\n")
+            self._file.write(json.dumps(hidden_in(finite({"event": event, **values})), ensure_ascii=False) + "\n")
             self._file.flush()
 
     def line(self, text: str) -> None:
-        print(hidden(text), flush=True)
+        print(printable(hidden(text)), flush=True)
         self.put("line", text=text)
 
     def note(self, text: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ HEAVY = 0.5  # share of the bytes above which a stage is worth a word
 HEADER = 0.1  # of a layer's values
 ROWS = 0.5  # share of an embedding's rows below which a client touches few of them
 _LOOKED_AT = 8  # clients, for the rows of embeddings
+_AT_ONCE = 64  # of their examples
 _NAMED = 4
 
 
@@ -218,13 +219,14 @@ def of_embeddings(model: nn.Module, data: ClientData) -> Iterator[Finding]:
     touched: dict[str, set[int]] = {}
     shares: dict[str, list[float]] = {name: [] for name in found}
     for name in found:
-        twin.get_submodule(name).register_forward_pre_hook(_noting(touched, name))
+        twin.get_submodule(name).register_forward_pre_hook(_noting(touched, name), with_kwargs=True)
     for client in data.here[:_LOOKED_AT]:
         touched.clear()
-        x, _ = data.examples(data.indices_of(client))
-        with torch.no_grad(), addressed_rng(0, "trial"):
-            x = data.transform(x, None)
-            twin(**x) if isinstance(x, Mapping) else twin(x)
+        held = data.indices_of(client)
+        for some in torch.tensor_split(held, -(-len(held) // _AT_ONCE) or 1):
+            with torch.no_grad(), addressed_rng(0, "trial"):
+                x = data.transform(data.examples(some)[0], None)
+                twin(**x) if isinstance(x, Mapping) else twin(x)
         for name, rows in touched.items():
             shares[name].append(len(rows) / found[name].num_embeddings)
     for name, own in shares.items():
@@ -238,9 +240,10 @@ def of_embeddings(model: nn.Module, data: ClientData) -> Iterator[Finding]:
             )
 
 
-def _noting(touched: dict[str, set[int]], name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        touched.setdefault(name, set()).update(torch.unique(inputs[0]).tolist())
+def _noting(touched: dict[str, set[int]], name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        rows: Tensor = args[0] if args else kwargs["input"]
+        touched.setdefault(name, set()).update(torch.unique(rows).tolist())
 
     return hook
 

@@ -12,7 +12,7 @@ from lamina.data import ClientData
 from lamina.data.transform import Batch
 from lamina.inspect.checks import Finding, named
 
-MOST = 500_000  # examples that are compared; of larger sets, that many, evenly apart
+MOST = 500_000  # examples that are remembered; of larger sets those with certain hashes, so that copies stay together
 _CODE = "W310"
 
 
@@ -20,8 +20,7 @@ def of_data(data: ClientData, batch_size: int | None) -> Iterator[Finding]:
     """Args: batch_size: of local training; None: all of a client's examples."""
     yield from _short(data, batch_size)
     yield from _single(data)
-    yield from _shared(data)
-    yield from _leaked(data)
+    yield from _copied(data)
 
 
 def _short(data: ClientData, batch_size: int | None) -> Iterator[Finding]:
@@ -53,49 +52,46 @@ def _single(data: ClientData) -> Iterator[Finding]:
         )
 
 
-def _shared(data: ClientData) -> Iterator[Finding]:
-    held = data.indices
-    owner = torch.repeat_interleave(torch.arange(len(data)), data.offsets.diff())
-    step = max(1, -(-len(held) // MOST))
-    held, owner = held[::step], owner[::step]
+def _copied(data: ClientData) -> Iterator[Finding]:
+    """Examples of one client that another has, or the test set."""
+    step, known = one_in(data), set[int]()
+    if data.test is not None:
+        known = {key for key in _hashes(data.test[0], torch.arange(_length(data.test[1]))) if not key % step}
+    owners = torch.repeat_interleave(torch.arange(len(data)), data.offsets.diff())
     first: dict[int, int] = {}
     clients: set[int] = set()
-    examples = 0
-    for key, client in zip(_hashes(data.x, held), owner.tolist(), strict=True):
+    shared = leaked = 0
+    for key, client in zip(_hashes(data.x, data.indices), owners.tolist(), strict=True):
+        if key % step:
+            continue
+        leaked += key in known
         other = first.setdefault(key, client)
         if other != client:
-            examples += 1
+            shared += 1
             clients |= {other, client}
-    if examples:
+    among = "" if step == 1 else f" of the one in {step} that were looked at"
+    if shared:
         names = [data.names[c] for c in sorted(clients)]
         yield Finding(
             _CODE,
-            f"{examples:,} examples are equal to one of another client{_partly(step)}: {named(names)}",
+            f"{shared:,} examples{among} are equal to one of another client: {named(names)}",
             "often a join gone wrong: the same record counts twice, and clients look more alike than they are",
             "remove the duplicates before splitting, or keep them where the clients really share them",
             tuple(names),
         )
-
-
-def _leaked(data: ClientData) -> Iterator[Finding]:
-    if data.test is None:
-        return
-    n = _length(data.test[1])
-    step = max(1, -(-n // MOST))
-    test = set(_hashes(data.test[0], torch.arange(0, n, step)))
-    held = data.indices[:: max(1, -(-len(data.indices) // MOST))]
-    leaked = sum(key in test for key in _hashes(data.x, held))
-    if leaked:
+    if data.test is not None and leaked:
         yield Finding(
             _CODE,
-            f"{leaked:,} training examples are also in the test set of {n:,}",
+            f"{leaked:,} training examples{among} are also in the test set of {_length(data.test[1]):,}",
             "accuracy then measures memory",
             "split off the test set after removing duplicates",
         )
 
 
-def _partly(step: int) -> str:
-    return "" if step == 1 else f" (looked at every {step}th)"
+def one_in(data: ClientData) -> int:
+    """Of how many examples one is compared with others. Which they are is in their bytes: two copies are or are not."""
+    most = max(len(data.indices), 0 if data.test is None else _length(data.test[1]))
+    return max(1, -(-most // MOST))
 
 
 def _hashes(x: Batch, indices: Tensor) -> Iterator[int]:

@@ -18,7 +18,7 @@ import torch
 
 from lamina import wire
 from lamina.books import Books
-from lamina.client import Reply
+from lamina.client import Reply, Setup
 from lamina.engine.base import Kind, Pack, Worker, threads
 from lamina.engine.loop import LoopEngine
 from lamina.evaluate import pieces
@@ -136,7 +136,7 @@ def count(fed: Federation, rounds: int, stand_in: StandIn, most: int | None = No
     size = sum(x.numel() for x in fed.initial.params.values())
     each = each or max(CLIENTS, _WORK // max(1, size * rounds))
     counted = min(rounds, most or max(2 * SAMPLES * fed.method.hold, _LONG // size))
-    engine = _Thinned(Worker(stand_in, fed.setup), each)
+    engine = _Thinned(stand_in, fed.setup, each)
     up, down, fedavg_up, fedavg_down = [], [], 0, 0
     with threads(1):
         state, books = twin.start(engine)
@@ -162,25 +162,33 @@ def count(fed: Federation, rounds: int, stand_in: StandIn, most: int | None = No
 
 
 class _Thinned(LoopEngine):
-    """Makes the messages of so many clients a round; further ones send what one of these sent."""
+    """Makes the messages of so many clients a round; further ones send what one of these sent, with as many local steps
+    as are their own."""
 
-    def __init__(self, worker: Worker, each: int):
-        super().__init__("loop", worker, 1, "nothing is trained")
+    def __init__(self, stand_in: StandIn, setup: Setup, each: int):
+        super().__init__("loop", Worker(stand_in, setup), 1, "nothing is trained")
+        self._stand_in = stand_in
         self._each = each
 
     def replies(
         self, kind: Kind, plan: Plan, clients: Sequence[int], rows: Mapping[int, Row], pack: Pack | None = None
     ) -> Iterator[Reply]:
         made: list[Reply] = []
-        stand_in = self._worker.trainer
         for i, client in enumerate(clients):
             if i < self._each:
                 made.append(self._worker.do(kind, plan, (client,), [rows.get(client)])[0])
                 yield made[-1]
             else:
-                if isinstance(stand_in, StandIn):
-                    stand_in.steps += stand_in.count(client)
-                yield made[i % len(made)]._replace(client=client)
+                yield self._like(made[i % len(made)], client)
+
+    def _like(self, reply: Reply, client: int) -> Reply:
+        """The same from this client."""
+        if "steps" not in reply.message:  # a probe
+            return reply._replace(client=client)
+        count = self._stand_in.count(client)
+        self._stand_in.steps += count
+        steps = {"steps": torch.tensor(count, dtype=torch.float64)}
+        return reply._replace(client=client, steps=count, message={**reply.message, "steps": steps})
 
 
 def _extended(counted: Sequence[int], rounds: int, hold: int) -> int:

@@ -15,7 +15,7 @@ from lamina.errors import ConfigError
 from lamina.evaluate import loss_function
 from lamina.inspect.budget import LARGE, Budget, budget
 from lamina.inspect.checks import Finding, of_embeddings, of_model, of_width, ordered, repeatable
-from lamina.inspect.data_checks import of_data
+from lamina.inspect.data_checks import of_data, one_in
 from lamina.inspect.table import Rest, Row, rest, rows, seen
 from lamina.preflight import ready
 from lamina.training import LocalSGD, Loss, addressed_rng
@@ -150,7 +150,9 @@ def _fine(found: Sequence[Finding], others: Rest, params: Any, data: ClientData 
     if len(words) == 1:
         said.append(f"{words.pop()} only")
     if data is not None and "W310" not in codes:
-        said.append("no short or single-class clients, no duplicates across clients, no test examples in training")
+        partly = "" if (step := one_in(data)) == 1 else f" (looked at one example in {step})"
+        copies = f"no duplicates across clients, no test examples in training{partly}"
+        said.append(f"no short or single-class clients, {copies}")
     return said
 
 

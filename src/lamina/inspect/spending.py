@@ -51,7 +51,7 @@ def within(config: Config, progress: Callable[[str, str, int, int], None] | None
     knob = _knob(config, fed)
     if knob is None:
         raise ConfigError(
-            f"{said}: nothing here has a density or an interval",
+            f"{said}: nothing here has a density or an interval that sets what every round costs",
             code="E107",
             where="budget",
             remedy="uplink=topk with method=errorfeedback, or method=ssfl, fedlama or fedluar",
@@ -84,7 +84,7 @@ def _knob(config: Config, fed: Federation) -> Knob | None:
     if "density" in config.uplink.arguments or config.uplink.name in ("topk", "randomk"):
         return Knob("uplink", 0, "density", ())
     for i, part in enumerate(config.method):
-        if part.name in ("ssfl", "randommask", "feddst", "magnitudepruning", "lips"):
+        if part.name in ("ssfl", "randommask", "feddst", "magnitudepruning"):
             return Knob("method", i, "density", ())
     for i, part in enumerate(config.method):
         if part.name == "fedlama":

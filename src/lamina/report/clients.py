@@ -31,11 +31,10 @@ from lamina.report.tables import Client, Tables
 from lamina.terminal import size
 
 _SHOWN = 60  # clients, and labels, in one figure
-_POINTS = 400
 _KEPT = "Whose answers came is in clients.jsonl, which this run did not keep: `run.keep_clients_log=true`."
 
 
-def page(tables: Tables, most: int) -> Page:
+def page(tables: Tables) -> Page:
     info = tables.info
     lead = f"{info['clients']:,} clients, {info['cohort']:,} of them a round."
     blocks = [
@@ -193,22 +192,6 @@ def _participation(tables: Tables) -> Figure | Note:
 def _waiting(tables: Tables) -> Figure | Note:
     title = "Staleness"
     clients = tables.clients
-    late = [age for client in clients or () for age in client.staleness]
-    if late:
-        counted = Counter(late)
-        shows = "By how many rounds the model that an answer was made from was behind when the answer came."
-        said = [
-            f"{100 * counted[0] / len(late):.0f} % of {len(late):,} answers were made from the newest model; the "
-            f"oldest was {max(late)} rounds behind."
-        ]
-        return Figure(
-            "staleness",
-            title,
-            shows,
-            _histogram(counted, "answers", LINES[4]),
-            _count_layout(counted, "rounds behind", "answers"),
-            said,
-        )
     said_always = (
         "A round waits for its cohort, so no answer is older than its round: there is no staleness of messages here."
     )
@@ -320,31 +303,11 @@ def _bytes(tables: Tables) -> Figure | Note:
     return Figure("client-bytes", title, shows, data, shape, said, narrow=narrow)
 
 
-def _time(tables: Tables) -> Figure | Note:
+def _time(tables: Tables) -> Note:
     title = "Time by client"
-    timed = [client for client in tables.clients or () if client.seconds is not None]
-    if not timed:
-        rounds = sorted(row.seconds for row in tables.rows)
-        whole = f" A round took {rounds[len(rounds) // 2]:.2f} s in the middle." if rounds else ""
-        return Note(title, f"This run does not record the time of single clients.{whole}")
-    kept = [timed[i] for i in evenly(len(timed), _POINTS)]
-    data = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [client.examples for client in kept],
-            "y": numbers((client.seconds or 0.0) / len(client.rounds) for client in kept),
-            "marker": {"color": LINES[2], "size": 7, "opacity": 0.6},
-            "customdata": [plain(client.name) for client in kept],
-            "hovertemplate": "client %{customdata}<br>%{x} examples<br>%{y:.3g} s a round<extra></extra>",
-        }
-    ]
-    shape = layout(
-        300, xaxis={"title": titled("examples")}, yaxis={"title": titled("seconds a round"), "rangemode": "tozero"}
-    )
-    slow = max(timed, key=lambda client: (client.seconds or 0.0) / len(client.rounds))
-    said = [f"Client {slow.name} is slowest: {(slow.seconds or 0.0) / len(slow.rounds):.3g} s a round."]
-    return Figure("client-time", title, "Mean time of a client's round.", data, shape, said)
+    rounds = sorted(row.seconds for row in tables.rows)
+    whole = f" A round took {rounds[len(rounds) // 2]:.2f} s in the middle." if rounds else ""
+    return Note(title, f"This run does not record the time of single clients.{whole}")
 
 
 # ---- whose updates were not used

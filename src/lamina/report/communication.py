@@ -26,7 +26,7 @@ from lamina.report.figure import (
     titled,
 )
 from lamina.report.layers import names_of, shown
-from lamina.report.tables import Tables, bins, last_of, means
+from lamina.report.tables import Ledger, Tables, bins, last_of, means
 from lamina.terminal import size
 
 _BARS = 80  # rows of the byte figure
@@ -280,13 +280,20 @@ def _overhead(tables: Tables) -> Table:
     )
 
 
+def _verdict(check: Ledger) -> str:
+    difference = abs(check.rows - check.total)
+    if not check.agrees:
+        return f"differ by {difference:,}"
+    return f"agree, and {difference:,} came from others than were asked" if difference else "agree"
+
+
 def _checks(tables: Tables) -> Table:
     rows = [
         [
             check.what,
             f"{check.rows:,}",
             f"{check.total:,}",
-            "agree" if check.agrees else f"differ by {abs(check.rows - check.total):,}",
+            _verdict(check),
         ]
         for check in tables.ledger
     ]

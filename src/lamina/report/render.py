@@ -21,15 +21,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lamina.errors import ConfigError
-from lamina.folder import replace, standing, storing
+from lamina.folder import standing, storing
 from lamina.report import clients, communication, comparison, layers, overview, reproducing, sparsity
 from lamina.report.figure import Cards, Code, Figure, Note, Page, Table, evenly, number
 from lamina.report.tables import Tables, read
 from lamina.runs import Run
+from lamina.store.files import replace
 
 LIMIT = 6_000_000  # bytes of a report; plotly is 4.8 million of them
 _MOST = (400, 200, 100, 50, 25, 12)  # columns of rounds in a heatmap: the first that fits
-_OF_A_RUN = (overview.page, layers.page, communication.page, sparsity.page, clients.page, reproducing.page)
 
 
 def write(found: Sequence[Run], path: str | Path, *, reload: float | None = None) -> Path:
@@ -85,7 +85,8 @@ def titles(found: Sequence[Run]) -> list[str]:
 
 
 def pages_of(tables: Tables, most: int) -> list[Page]:
-    return [make(tables, most) for make in _OF_A_RUN]
+    thinned = [make(tables, most) for make in (overview.page, layers.page, communication.page, sparsity.page)]
+    return [*thinned, clients.page(tables), reproducing.page(tables)]
 
 
 def _rendered(every: Sequence[Tables], most: int, reload: float | None) -> str:

@@ -17,7 +17,7 @@ _SUMS = (
 )
 
 
-def page(tables: Tables, most: int) -> Page:
+def page(tables: Tables) -> Page:
     run, info = tables.run, tables.info
     folder = shlex.quote(str(run.path))
     lead = "The same config, data and versions give the same model, bit for bit, with any number of workers."

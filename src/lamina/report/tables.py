@@ -54,10 +54,11 @@ class Ledger(NamedTuple):
     what: str
     rows: int
     total: int
+    spare: int = 0  # of the second, bytes that may be missing from the first
 
     @property
     def agrees(self) -> bool:
-        return self.rows == self.total
+        return self.total - self.spare <= self.rows <= self.total
 
 
 @dataclass
@@ -69,9 +70,6 @@ class Client:
     rounds: list[int] = field(default_factory=list)
     bytes_up: int = 0
     bytes_down: int = 0
-    seconds: float | None = None
-    staleness: list[int] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -261,6 +259,8 @@ def _traffic(run: Run, parts: Sequence[Part]) -> tuple[dict[str, Counter[str]], 
             probe[way] += n
             continue
         sums[f"round {way}"] += n
+        if row["layer"] == "_unused":
+            sums[f"unused {way}"] += n
         if row["layer"] in names:
             sums[f"layers {way}"] += n
     return sent, probe, sums
@@ -281,7 +281,7 @@ def _ledger(
             found.append(Ledger(said, layers, sums.get(f"layers {way}", 0)))
         if by_client is not None:
             said = f"{way}: clients.jsonl, and the rounds' rows of bytes.jsonl"
-            found.append(Ledger(said, by_client.get(way, 0), sums.get(f"round {way}", 0)))
+            found.append(Ledger(said, by_client.get(way, 0), sums.get(f"round {way}", 0), sums.get(f"unused {way}", 0)))
     return found
 
 
@@ -298,12 +298,6 @@ def _clients(folder: Path, lengths: Mapping[str, int]) -> tuple[list[Client], di
         client.bytes_down += row["bytes_down"]
         sums["up"] += row["bytes_up"]
         sums["down"] += row["bytes_down"]
-        if isinstance(row.get("seconds"), int | float):
-            client.seconds = (client.seconds or 0.0) + row["seconds"]
-        if isinstance(row.get("staleness"), int):
-            client.staleness.append(row["staleness"])
-        if row["refused"]:
-            client.refused[row["refused"]] += 1
     return [clients[i] for i in sorted(clients)], dict(sums)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lamina.errors import LaminaError, StorageError
+from lamina.errors import StorageError
 from lamina.folder import locked, read_info
 from lamina.report.render import write
 from lamina.runs import Run
@@ -56,11 +56,9 @@ def _stand(folder: Path) -> tuple[object, ...]:
 
 
 def _held(folder: Path) -> bool:
-    """Whether another process is at this run."""
+    """Whether another process is at this run, as far as one may look."""
     try:
         with locked(folder):
             return False
-    except StorageError as error:
-        return error.code == "E406"
-    except LaminaError:
+    except StorageError:  # E406; or the lock is not ours to open, which says nothing
         return True

@@ -18,7 +18,6 @@ from lamina.scaffold import synthetic
 from lamina.scaffold.synthetic import SITES
 from lamina.store.files import storing
 
-FILES = ("mine.py", "exp.toml", "README.md")
 _SKEW = 8  # a digit that a site prefers lies there so many times as often as one that it does not
 
 
@@ -35,10 +34,10 @@ def write(kind: str, folder: Path) -> list[Path]:
             where=str(folder),
             remedy="name another folder: nothing is overwritten",
         )
-    source = importlib.resources.files("lamina.scaffold") / kind
+    ours = importlib.resources.files("lamina.scaffold")
     said = {"@NAME@": _name(folder)}
     files: dict[str, bytes] = {}
-    for name in FILES:
+    for name, source in {"mine.py": ours / kind, "exp.toml": ours, "README.md": ours / kind}.items():
         text = (source / f"{name}.in").read_text(encoding="utf-8")
         files[name] = re.sub("@NAME@", lambda found: said[found[0]], text).encode()
     files |= _DATA[kind]()

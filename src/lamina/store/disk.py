@@ -23,10 +23,11 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 
+from lamina import lock
 from lamina.errors import StorageError
 from lamina.store.clients import Row
 from lamina.store.entries import Entries, Entry
-from lamina.store.files import locked, replace, sealed, storing, unsealed
+from lamina.store.files import replace, sealed, storing, unsealed
 from lamina.store.form import Form, classes, form_from, form_of, packed, unpacked
 from lamina.store.segment import HEAD, Segment, damaged, named, verify
 from lamina.tree import flatten, skeleton, unflatten
@@ -74,8 +75,7 @@ class Disk:
         self.look()
 
     def __del__(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
+        self._let_go()
 
     # ---- whose it is
 
@@ -164,17 +164,17 @@ class Disk:
         if self._lock is not None and place.exists() and os.path.samestat(os.fstat(self._lock), place.stat()):
             return
         self._let_go()
-        self._lock = os.open(place, os.O_WRONLY | os.O_CREAT, 0o666)
-        if not locked(self._lock):
-            self._let_go()
+        taken = lock.take(place)
+        if isinstance(taken, dict):
             raise self._refusal(
                 "another process is at it, or has not let go of the Federation that wrote to it", "E406",
                 "wait until that process has ended, or end it, or give this run another path",
             )  # fmt: skip
+        self._lock = taken
 
     def _let_go(self) -> None:
         if self._lock is not None:
-            os.close(self._lock)
+            lock.give_back(self._lock)
             self._lock = None
 
     def _refusal(self, message: str, code: str, remedy: str | None = None) -> StorageError:

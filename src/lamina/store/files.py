@@ -6,8 +6,7 @@ import contextlib
 import errno
 import json
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +48,24 @@ def beside(path: Path) -> Path:
 
 def replace(path: Path, blob: bytes) -> None:
     """The old content or the new, never something between; and the names in its folder are durable."""
+    rewrite(path, [blob])
+
+
+def rewrite(path: Path, blobs: Iterable[bytes]) -> None:
+    """The same, piece by piece."""
     temporary = beside(path)
     with temporary.open("wb") as file:
-        file.write(blob)
+        file.writelines(blobs)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in a folder durable; a folder cannot be opened for that on Windows."""
     if os.name == "posix":
-        handle = os.open(path.parent, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
@@ -75,22 +84,3 @@ def storing(path: Path) -> Iterator[None]:
             where=str(path),
             remedy=f"{'make room' if full else 'make it writable'}; what was checkpointed is intact",
         ) from error
-
-
-if sys.platform == "win32":
-
-    def locked(handle: int) -> bool:
-        return True
-
-else:
-    import fcntl
-
-    def locked(handle: int) -> bool:
-        """Whether this process has the file now; the system lets go when it ends. Workers do not inherit this."""
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            pass  # a file system without locks
-        return True

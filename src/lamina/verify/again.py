@@ -29,10 +29,13 @@ def opened(folder: Path, fed: Federation | None) -> tuple[Run, Federation, str |
 
     Raises:
         StorageError: E403 no run, or no round in it; E404 it is damaged; E405 config, data or engine are not what it
-            was made with.
+            was made with, or nobody can make it again.
     """
     run = Run.open(folder, fed=fed)
     fed, warning = rebuilt(run)
+    if fed.privacy is not None and fed.privacy.dp.noise_seed == "system":
+        said = "this run's cohorts and noise came from the system and are written nowhere: no bit can be made again"
+        raise StorageError(said, code="E405", where=str(folder), remedy="privacy.noise_seed='run' can be")
     if not run.info["rounds_done"]:
         raise StorageError("no round of this run is committed yet", code="E403", where=str(folder))
     if [row.round for row in run.records] != list(range(run.info["rounds_done"])):

@@ -15,7 +15,7 @@ import torch
 from lamina import checkpoint
 from lamina.errors import StorageError, expect, is_whole
 from lamina.federation import Federation, State
-from lamina.folder import logged, read_log, row_after
+from lamina.folder import OF_ROUNDS, logged, read_log, row_after
 from lamina.random import generator
 from lamina.record import RoundRecord
 from lamina.runs import Run
@@ -78,9 +78,6 @@ def replay(
     run, fed, warning = opened(folder, fed)
     if warning is not None:
         raise StorageError(warning, code="E405", where=str(folder), remedy="replay it on as many cores")
-    if fed.privacy is not None and fed.privacy.dp.noise_seed == "system":
-        said = "this run's cohorts and noise came from the system and are nowhere written down: no replay has its bits"
-        raise StorageError(said, code="E405", where=str(folder), remedy="privacy.noise_seed='run' can be replayed")
     expect_same_torch(run, say)
     aside = copy.copy(fed)
     aside.store = ClientStore()  # what its clients remember stays in memory: the run is not written to
@@ -139,7 +136,7 @@ def _lines(run: Run) -> dict[tuple[str, int], list[dict[str, Any]]]:
     try:
         for log, length in run.info["lengths"].items():
             for row in read_log(run.path / log, length):
-                if log != "events.jsonl" or row["event"] == "refused":
+                if log != "events.jsonl" or row["event"] in OF_ROUNDS:
                     found[log, row["round"]].append(row)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{log} is damaged: {error!r}", code="E404", where=str(run.path)) from error
