@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lamina.advice import Advice, guidelines
     from lamina.data.client_data import ClientData
     from lamina.errors import ConfigError, DataError, LaminaError, RunError, StorageError, WireError
-    from lamina.federation import Federation, State, run
+    from lamina.federation import Federation, run
     from lamina.layers import Layer
     from lamina.method import Chain, FedAvg, Method, Plan, Task, Work
     from lamina.methods import METHODS
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lamina.privacy import DP, SecureSum
     from lamina.record import ClientRecord, LayerRecord, RoundRecord, Traffic
     from lamina.runs import Run
+    from lamina.state import State
     from lamina.training import LocalSGD
     from lamina.tree import Message, Params
 
@@ -47,7 +48,7 @@ _HOMES = {
     "training": ("LocalSGD",),
     "data.client_data": ("ClientData",),
     "errors": ("ConfigError", "DataError", "LaminaError", "RunError", "StorageError", "WireError"),
-    "federation": ("Federation", "State", "run"),
+    "federation": ("Federation", "run"),
     "layers": ("Layer",),
     "method": ("Chain", "FedAvg", "Method", "Plan", "Task", "Work"),
     "methods": (
@@ -78,6 +79,7 @@ _HOMES = {
     "privacy": ("DP", "SecureSum"),
     "record": ("ClientRecord", "LayerRecord", "RoundRecord", "Traffic"),
     "runs": ("Run",),
+    "state": ("State",),
     "tree": ("Message", "Params"),
 }
 _MODULES = ("data", "models", "observe", "wire")

@@ -32,9 +32,10 @@ from lamina.client import RESERVED, Reply, non_finite
 from lamina.data.client_data import ClientData
 from lamina.engine.base import Engine, Kind, Pack
 from lamina.errors import ConfigError, expect, is_number, meant
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.method import Plan
 from lamina.random import generator
+from lamina.state import State
 from lamina.store import Row
 from lamina.tree import Message, Params, scale, squared_norms, tmap
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from lamina.books import Observed
 from lamina.downlink import Change, Version
 from lamina.errors import StorageError
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.privacy.accountant import Made
+from lamina.state import State
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
 from lamina.store.files import sync
 from lamina.tree import apart, flatten, skeleton, unflatten

@@ -6,111 +6,51 @@ cohort -> plan -> what each client lacks -> client rounds -> mean -> step -> new
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from lamina import engine as engines
 from lamina import wire
-from lamina.admission import Admission, enough, holds_plan
-from lamina.aggregate import Mean, total
-from lamina.books import Books, Observed
+from lamina.aggregate import total
+from lamina.assembly import cohort_of, downlink_of, expect_a, expect_separable, model_of, rule_of
+from lamina.books import Books
 from lamina.client import BUFFERS, Setup
 from lamina.cohort import Faults, draw, draw_there
 from lamina.cohort import availability as availability_of
+from lamina.collect import Rules, collect, nobody, used
 from lamina.data.client_data import ClientData
 from lamina.downlink import Broadcast, Change, Version, codes_values
 from lamina.engine import mkl
-from lamina.engine.base import Engine, Kind, Missing, score_of, threads
-from lamina.errors import ConfigError, RunError, expect, is_whole, meant
+from lamina.engine.base import Engine, Kind, score_of, threads
+from lamina.errors import RunError, expect, is_whole
 from lamina.evaluate import Score, loss_function, pieces, score_at_once
 from lamina.layers import Layer, layer_table
 from lamina.method import Chain, FedAvg, Method, Plan, Task
 from lamina.metrics import Metric, Number, chosen
 from lamina.network import Network
-from lamina.norms import Bounds, Known, Policy
+from lamina.norms import Bounds, Policy
 from lamina.preflight import ready, try_metrics
-from lamina.privacy.dp import DP, Guard, Spent, Terms, expect_covered
+from lamina.privacy.dp import DP, Guard, Terms, expect_covered
 from lamina.privacy.secure import Plain, SecureSum, expect_additive
-from lamina.privacy.summing import summed
 from lamina.random import address
 from lamina.record import RoundRecord
 from lamina.robust import Rule
-from lamina.store import ClientStore, Held, Row, Stored, empty_store, expect_kind
+from lamina.state import Evaluation, Initial, State
+from lamina.store import ClientStore, Row, empty_store, expect_kind
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 from lamina.tree import Message, Params, add, cut
 from lamina.wire import frame
 
 if TYPE_CHECKING:
     from lamina.runs import Run
-
-
-class Evaluation(NamedTuple):
-    """What a state is worth. None where it does not apply: no test set, targets that are no class labels, a metric that
-    is undefined."""
-
-    accuracy: float | None
-    loss: float | None
-    metrics: dict[str, Number]
-    personal_accuracy: float | None
-
-
-class Initial(NamedTuple):
-    """The model before round 0."""
-
-    params: Params
-    buffers: Params
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything a run needs to go on. A checkpoint is exactly one of these."""
-
-    params: Params
-    buffers: Params
-    server: Any
-    clients: ClientStore
-    round: int = 0  # rounds done, and the index of the next one
-    bytes_up: int = 0
-    bytes_down: int = 0
-    observed: Observed = field(default_factory=lambda: Observed({}, {}))
-    change: Change | None = None  # the last step, where it is what travels down
-    past: tuple[Version, ...] = ()  # parameters sent before, newest first, where their distance to new ones travels
-    norms: Known = field(default_factory=dict)  # lengths of the layers' updates, where `faults.norm` bounds them
-    resting: Mapping[int, int] = field(default_factory=dict)  # client that gave no answer -> round until which it rests
-    spent: Spent = ()  # what `privacy` has cost; None: some round was made without it
-
-    def sha256(self) -> str:
-        """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
-        digest = hashlib.sha256()
-        for name, x in sorted({**self.params, **self.buffers}.items()):
-            digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
-            digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-
-class Collected(NamedTuple):
-    """What came of a plan."""
-
-    mean: Message  # of the accepted messages
-    store: ClientStore  # if they are used
-    apart: dict[str, tuple[Params, float]]  # under a rule: client -> its update and weight
-    told: dict[int, Held]  # client -> what it holds now, whether it was accepted or not
-
-    def forgotten(self, before: ClientStore) -> ClientStore:
-        """The store if nothing is used: clients have the states from before, and what they were sent."""
-        writer = before.writing()
-        for client, held in self.told.items():
-            writer.tell(client, held)
-        return writer.done()
 
 
 class Federation:
@@ -182,18 +122,18 @@ class Federation:
         secure: SecureSum | None = None,
     ):
         mkl.switch()
-        _expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
-        _expect_a("method", method, Method, "lamina.FedAvg()")
-        _expect_a("local", local, LocalSGD, "lamina.LocalSGD(lr=0.1)")
-        _expect_a("privacy", privacy, DP, "lamina.DP(clip=1.0, noise=1.0)")
-        _expect_a("secure", secure, SecureSum, "lamina.SecureSum(bits=32)")
+        expect_a("data", data, ClientData, "lamina.ClientData.from_clients({...})")
+        expect_a("method", method, Method, "lamina.FedAvg()")
+        expect_a("local", local, LocalSGD, "lamina.LocalSGD(lr=0.1)")
+        expect_a("privacy", privacy, DP, "lamina.DP(clip=1.0, noise=1.0)")
+        expect_a("secure", secure, SecureSum, "lamina.SecureSum(bits=32)")
         coder = uplink is None or (not isinstance(uplink, type) and hasattr(uplink, "transmit"))
         expect(coder, f"uplink={uplink!r}: expected a codec, e.g. lamina.wire.Dense('int8')", where="uplink")
         clients = len(data)
-        self.cohort = clients if cohort == "all" else _cohort(cohort, clients)
+        self.cohort = clients if cohort == "all" else cohort_of(cohort, clients)
         expect(weights in ("examples", "uniform"), f"weights={weights!r}: expected 'examples' or 'uniform'")
         expect(buffers in BUFFERS, f"buffers={buffers!r}: expected one of {', '.join(BUFFERS)}", where="buffers")
-        self._rule = _rule(aggregate, self.cohort, data)
+        self._rule = rule_of(aggregate, self.cohort, data)
         expect(is_whole(seed, 0), f"seed={seed!r}: expected a whole number >= 0", where="seed")
         expect_kind(store)
         self.faults = Faults.of(faults or {}, self.cohort)
@@ -214,11 +154,11 @@ class Federation:
         self.metrics = chosen(metrics)
         self.seed = seed
         self.uplink = uplink or wire.Dense()
-        self.downlink = _downlink(downlink or wire.Dense(), method)
+        self.downlink = downlink_of(downlink or wire.Dense(), method)
         self.buffers = buffers
 
         with addressed_rng(seed, "model"):
-            made = _made(model)
+            made = model_of(model)
         self.loss = loss_function(loss)
         self._trainer: Trainer = ready(made, self.loss, data, self.local, seed)
         try_metrics(self._trainer, self.metrics)
@@ -230,7 +170,7 @@ class Federation:
             self.local.weight_decay, self.local.clip, buffers if self._trainer.buffers else "",
         )  # fmt: skip
         self.method = parts.bind(task)
-        _expect_separable(self.method, self.uplink, self._rule, self._norm)
+        expect_separable(self.method, self.uplink, self._rule, self._norm)
         policy = task.buffers
         if privacy is not None:
             terms = Terms(weights, policy, availability, self.faults, self._rule is not None, self.uplink, clients)
@@ -411,11 +351,11 @@ class Federation:
             everyone = tuple(range(len(self.data)))
             plan = self._plan(params, buffers, 0, self.local.lr, len(everyone))
             probed = self._broadcast(plan)
-            came = self._collect("probe", engine, probed, everyone, store, books, Bounds(self._norm, {}))
+            came = collect(self._rules, "probe", engine, probed, everyone, store, books, Bounds(self._norm, {}))
             mean, store, past = came.mean, came.store, probed.past
             if not mean:
                 remedy = "the loss or its gradient is not finite at the initial model: check the data and the loss"
-                raise _nobody("every client's probe was refused", books.lost, remedy)
+                raise nobody("every client's probe was refused", books.lost, remedy)
         params, server = self.method.setup(server, params, mean)
         if mean:
             first = self._broadcast(
@@ -444,12 +384,13 @@ class Federation:
             kind: Kind = "judged" if evaluating and self._judges else "round"
             told = len(books.lost)  # those of a probe stand before
             bounds = Bounds(self._norm, state.norms)
-            came = self._collect(kind, engine, broadcast, order, state.clients, books, bounds)
+            state.clients.will_need({*self._drawn(t + 1, {})} - {*order})  # while this cohort trains
+            came = collect(self._rules, kind, engine, broadcast, order, state.clients, books, bounds)
             seen = came.mean
             params, buffers, server, change = state.params, state.buffers, state.server, state.change
             try:
                 if self.privacy is None:
-                    mean = self._enough(came, books, told, wanted, t)
+                    mean = used(self._rule, self.faults, came, books, told, wanted, t)
                 else:
                     mean = self.privacy.released(came.mean, plan, books.accepted)
                     seen = self.privacy.seen(came.mean, mean)
@@ -562,24 +503,6 @@ class Federation:
         kept = {c: until for c, until in before.items() if until > again}
         return kept | dict.fromkeys(silent, t + 1 + self.faults.rest_rounds)
 
-    def _enough(self, came: Collected, books: Books, told: int, cohort: int, t: int) -> Message:
-        """The mean of the messages, or what a rule makes of them. Raises RunError where too few were accepted."""
-        if not books.accepted:
-            remedy = "training diverged on every client: lower local.lr, or set local.clip"
-            raise _nobody(f"round {t}: every message was refused", books.lost[told:], remedy, f"round {t}")
-        if books.accepted < self.faults.needed(cohort):
-            raise RunError(
-                f"round {t}: {books.accepted} of {len(books.clients)} messages were accepted, expected at least "
-                f"{self.faults.needed(cohort)}; the first that was not, of {_first(books.lost[told:])}",
-                code="E306",
-                where=f"round {t}",
-                remedy="the state from before it is kept: go on from there (resume), lower faults.min_replies, or set "
-                "faults.on_quorum='skip'",
-            )
-        if self._rule is None:
-            return came.mean
-        return {**came.mean, "update": _combined(self._rule, came.apart, t)}
-
     def _plan(self, params: Params, buffers: Params, t: int, lr: float, cohort: int) -> Plan:
         return Plan(
             round=t,
@@ -594,75 +517,10 @@ class Federation:
     def _broadcast(self, plan: Plan, change: Change | None = None, past: tuple[Version, ...] = ()) -> Broadcast:
         return Broadcast(plan, self.downlink, self._schema, self._setup.carry, change, past)
 
-    def _collect(
-        self, kind: Kind, engine: Engine, broadcast: Broadcast, order: Sequence[int],
-        store: ClientStore, books: Books, bounds: Bounds,
-    ) -> Collected:  # fmt: skip
-        """Sends the plan, takes the replies in order, and sums what is accepted."""
-        parts = dict(zip(order, self._setup.weights_of(order), strict=True))
-        whole = total(parts.values())
-        shares = {c: parts[c] / whole for c in order}
-        even = 1.0 / max(1, len(order))
-        mean = Mean(total(shares.values()))
-        uniform = Mean(total(even for _ in order))
-        phase = "probe" if kind == "probe" else "round"
-        weighing = {"moments": "update"}  # a tree whose weights are those of another
-        if kind != "probe":
-            store.will_need({*self._drawn(broadcast.plan.round + 1, {})} - {*order})  # while this cohort trains
-        writer = store.writing()
-
-        def pack(client: int, missing: Missing) -> bytes:
-            known = store.entry(client)
-            accepted = -1 if missing == "row" else known.accepted
-            return broadcast.packed({} if missing else known.held, accepted, client)
-
-        apart: dict[str, tuple[Params, float]] = {}
-        nothing: Held = {}  # is what a client counts as holding of which nothing usable came
-        told: dict[int, Held] = {}
-        judged = Admission(self._setup, kind, broadcast.plan, order)
-        replies = bounds.through(judged.through(engine.replies(kind, broadcast.plan, order, store.rows, pack)))
-        if self.privacy is not None:
-            replies = self.privacy.through(replies)
-        if self.secure is not None and self._elsewhere is None:  # else what comes is a sum already
-            replies = summed(self.secure, self._setup, broadcast.plan, order, replies)
-        root = getattr(self._rule, "root", None)
-        for reply in enough(
-            replies, None if kind == "probe" else self.enough, () if root is None else (self.data.names.index(root),)
-        ):
-            c = reply.client
-            if reply.beside:
-                name = self.data.names[c] if 0 <= c < len(self.data) else f"number {c}"
-                books.beside(phase, name, reply)
-                continue
-            before = store.entry(c)
-            down = books.sent(phase, "down", broadcast.sizes(before.held, before.accepted, c) if reply.sent else {})
-            if reply.again is not None:
-                down += books.sent(phase, "down", broadcast.sizes({}, before.accepted, c))
-            down += books.sent(phase, "down", reply.down)
-            up = books.sent(phase, "up", reply.sizes)
-            books.client(c, self.data.names[c], self._sizes[c], reply, up, down, phase)
-            if reply.refused is not None:
-                told[c] = broadcast.tags if holds_plan(reply) else nothing if reply.sent else before.held
-                writer.tell(c, told[c])
-                continue
-            told[c] = broadcast.tags
-            members = reply.members or (c,)
-            share = total(shares[member] for member in members)
-            for tree, content in reply.message.items():
-                if tree == "score":
-                    finite = bool(torch.isfinite(content["score"]).all())
-                    books.before.append(score_of(reply).accuracy if finite else None)
-                elif weighing.get(tree, tree) in self.method.uniform:
-                    uniform.add(tree, content, even * len(members))
-                else:
-                    mean.add(tree, content, share)
-            if self._rule is not None and kind != "probe":
-                own = {name: x.clone() for name, x in reply.message["update"].items()}
-                apart[self.data.names[c]] = own, even if "update" in self.method.uniform else share
-            if "update" in reply.message:
-                books.count(reply.sizes["update"].entries, reply.residual, share)
-            writer.put(c, Stored(reply.row, broadcast.tags, broadcast.plan.round if kind != "probe" else -1))
-        return Collected(mean.result() | uniform.result(), writer.done(), apart, told)
+    @property
+    def _rules(self) -> Rules:
+        here = self.secure if self._elsewhere is None else None  # else what comes is a sum already
+        return Rules(self._setup, self._sizes, self._rule, self.privacy, here, self.enough)
 
     def _fedavg_bytes(self) -> tuple[int, int]:
         """Bytes up and down of one client and round under plain FedAvg with fp32, with the same diagnostics."""
@@ -714,25 +572,6 @@ def run(
         engine.close()
 
 
-def _nobody(said: str, lost: Sequence[Mapping[str, str]], remedy: str, where: str | None = None) -> RunError:
-    """No message was accepted."""
-    lost = [event for event in lost if event["code"] == "E307"] or lost  # others are only why too few were left
-    code = lost[0]["code"] if lost else "E311"
-    if code not in ("E310", "E312"):
-        remedy = "look at the clients' nodes; the state from before is kept, so the run can go on from there (resume)"
-    return RunError(f"{said}; the first, of {_first(lost)}", code=code, where=where, remedy=remedy)
-
-
-def _first(lost: Sequence[Mapping[str, str]]) -> str:
-    """The first client whose message was not accepted, and why."""
-    if not lost:
-        return "nobody"
-    who, layer, why = (lost[0].get(key, "") for key in ("client", "layer", "why"))
-    if lost[0]["code"] == "E310":
-        return f"client {who!r}, has non-finite values in {layer}"
-    return f"client {who!r}: {f'{layer}: ' if layer else ''}{why}"
-
-
 def _planned_otherwise(method: Method[Any, Any], horizon: int) -> str:
     """What to say of a method whose own schedule is not as long as the run, with its setting as one types it."""
     parts = method.methods if isinstance(method, Chain) else (method,)
@@ -759,101 +598,3 @@ def _made_by_mask(before: Plan, first: Broadcast) -> dict[str, int]:
     held = cut(before.params, first.plan.mask)
     same = [name for name, x in first.plan.params.items() if torch.equal(x, held[name])]
     return {f"params/{name}": first.tags[f"params/{name}"] for name in same}
-
-
-def _rule(aggregate: str | Rule, cohort: int, data: ClientData) -> Rule | None:
-    """None: the mean."""
-    if aggregate == "mean":
-        return None
-    if isinstance(aggregate, type) or not isinstance(aggregate, Rule):
-        raise ConfigError(
-            f"aggregate={aggregate!r}: expected 'mean' or a rule", where="aggregate", remedy="lamina.robust has some"
-        )
-    root = getattr(aggregate, "root", None)
-    if root is not None:
-        remedy = meant(str(root), data.names) or None
-        known = root in data.names
-        expect(known, f"root={root!r}: no such client", code="E115", where="aggregate.root", remedy=remedy)
-    aggregate.expect(cohort)
-    return aggregate
-
-
-def _expect_separable(method: Method[Any, Any], uplink: wire.Codec, rule: Rule | None, norm: Policy) -> None:
-    """Raises ConfigError E115 where an update by itself does not say what its client wants."""
-    parts = method.methods if isinstance(method, Chain) else (method,)
-    told = next((part for part in parts if part.encodes and part.compensates), None)
-    expect(
-        told is None or (rule is None and not norm.cuts),
-        f"{told!r} sends what has changed since its last message: what a rule leaves out, or a bound cuts off, is "
-        "never made up for",
-        code="E115",
-        where="faults.norm" if rule is None else "aggregate",
-        remedy="faults.norm='reject:20x' leaves out a whole message, which its client then keeps",
-    )
-    density = getattr(uplink, "density", 1.0)
-    expect(
-        density > 0.5 or not getattr(rule, "entrywise", False),
-        f"{rule!r} under {uplink!r}: most clients leave an entry out, so most values of it are 0, and so is the result",
-        code="E115",
-        where="aggregate",
-        remedy="multikrum or geomedian look at updates as a whole; or a dense uplink",
-    )
-
-
-def _combined(rule: Rule, apart: Mapping[str, tuple[Params, float]], t: int) -> Params:
-    """Raises RunError E318 where too few clients answered for the rule."""
-    try:
-        rule.expect(len(apart))
-        whole = total(share for _, share in apart.values())
-        weights = {name: share / whole for name, (_, share) in apart.items()}
-        return rule.combine({name: update for name, (update, _) in apart.items()}, weights)
-    except (ConfigError, LookupError) as error:
-        said = error.message if isinstance(error, ConfigError) else str(error.args[0])
-        remedy = "the state from before it is kept: go on from there (resume), with a larger cohort or another rule"
-        raise RunError(f"round {t}: {said}", code="E318", where=f"round {t}", remedy=remedy) from error
-
-
-def _made(model: nn.Module | Callable[[], nn.Module]) -> nn.Module:
-    """A model of our own."""
-    if isinstance(model, nn.Module):
-        return copy.deepcopy(model)
-    try:
-        made = model() if callable(model) else model
-    except TypeError as error:
-        name = getattr(model, "__name__", "it")
-        remedy = f"for example lambda: {name}(...)"
-        raise ConfigError(
-            f"model: {name} cannot be called without arguments: {error}", where="model", remedy=remedy
-        ) from error
-    expect(isinstance(made, nn.Module), f"model: expected an nn.Module, got {type(made).__name__}", where="model")
-    return made
-
-
-def _expect_a(name: str, value: object, kind: type, example: str) -> None:
-    fine = value is None or isinstance(value, kind)
-    got = f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
-    expect(fine, f"{name}: expected a {kind.__name__}, got {got}", where=name, remedy=f"for example {example}")
-
-
-def _cohort(cohort: int | str, clients: int) -> int:
-    if isinstance(cohort, str) or not is_whole(cohort, 1) or cohort > clients:
-        raise ConfigError(
-            f"cohort={cohort!r}: expected 'all' or a whole number from 1 to {clients}, the number of clients",
-            code="E112",
-            where="cohort",
-            remedy=f"a cohort is drawn without replacement from the {clients} clients",
-        )
-    return cohort
-
-
-def _downlink(codec: wire.Codec, method: Method[Any, Any] | None) -> wire.Codec:
-    coder = not isinstance(codec, type) and hasattr(codec, "transmit")
-    if codes_values(codec) or (coder and method is not None and method.has("absorb")):
-        return codec
-    raise ConfigError(
-        f"downlink={codec!r}: expected Dense with values in fp32, lossless, fp16, bf16, int8",
-        code="E113",
-        where="downlink",
-        remedy="the downlink codes parameters, not updates: sparse or one-bit values would replace the model itself. "
-        "lamina.STC sends the server's step instead, and keeps what such a codec loses",
-    )

@@ -24,10 +24,11 @@ from safetensors.torch import save
 from lamina import checkpoint, lock
 from lamina.data import ClientData
 from lamina.errors import StorageError
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.record import RoundRecord
 from lamina.redaction import hidden, hidden_in
 from lamina.settings import CHANGEABLE, is_among
+from lamina.state import State
 from lamina.store.files import replace
 
 if TYPE_CHECKING:

@@ -37,7 +37,7 @@ from lamina.engine import bits, cores, mkl, processes
 from lamina.errors import LaminaError, StorageError, expect
 from lamina.export.live import Trackers
 from lamina.export.sink import expect_installed, expect_known
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.folder import (
     CLIENTS,
     LOGS,
@@ -63,6 +63,7 @@ from lamina.method import Chain, Method
 from lamina.record import RoundRecord
 from lamina.redaction import hidden
 from lamina.settings import CHANGEABLE, is_among
+from lamina.state import State
 from lamina.stop import Stop
 from lamina.store import ClientStore
 from lamina.store.files import replace, rewrite, sync

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 from lamina import checkpoint
 from lamina.engine import mkl
 from lamina.errors import StorageError
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.runs import Run, rebuilt
+from lamina.state import State
 
 AFRESH = 10  # rounds made once more from the start, where there is no checkpoint to begin at
 

@@ -14,11 +14,12 @@ import torch
 
 from lamina import checkpoint
 from lamina.errors import StorageError, expect, is_whole
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.folder import OF_ROUNDS, logged, read_log, row_after
 from lamina.random import generator
 from lamina.record import RoundRecord
 from lamina.runs import Run
+from lamina.state import State
 from lamina.store import ClientStore
 from lamina.terminal import Column, table
 from lamina.verify.again import expect_same_torch, opened

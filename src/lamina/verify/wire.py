@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from lamina.errors import RunError
-from lamina.federation import Federation, State
+from lamina.federation import Federation
 from lamina.folder import Row
 from lamina.record import RoundRecord
+from lamina.state import State
 from lamina.terminal import Column, table
 from lamina.verify.again import Model, expect_same_torch, opened, span
 from lamina.verify.written import DIRECTIONS, Written

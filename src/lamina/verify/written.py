@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from lamina import checkpoint
 from lamina.errors import LaminaError, StorageError
-from lamina.federation import State
 from lamina.folder import CLIENTS, Row, read_info, read_log, read_rows
+from lamina.state import State
 from lamina.store import ClientStore
 from lamina.terminal import Column, table
 
