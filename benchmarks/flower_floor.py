@@ -31,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,8 @@ def measure(work: str, rehearsal: Any, arguments: argparse.Namespace, folder: Pa
 
 
 @contextmanager
-def kept(folder: Path | None) -> Any:
+def kept(folder: Path | None) -> Iterator[Path]:
+    """This folder, made; None: one that is removed."""
     if folder is not None:
         folder.mkdir(parents=True)
         yield folder

@@ -29,9 +29,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -228,21 +227,13 @@ def main() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # so that what was made is removed
-    with made(arguments.folder) as folder, Links(NODES) as links:
+    from flower_floor import kept  # here: nodes load this file for `images`, without its neighbours
+
+    with kept(arguments.folder) as folder, Links(NODES) as links:
         os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY", ""), links.address]))
         with Rehearsal(folder, NODES, tls=True, host=links.address, node_words=links.inside) as rehearsal:
             rates = [float(rate) for rate in arguments.rates.split(",")]
             table(rehearsal, links, rates, arguments.methods.split(","), arguments.cycles, folder)
-
-
-@contextlib.contextmanager
-def made(folder: Path | None) -> Iterator[Path]:
-    if folder is not None:
-        folder.mkdir(parents=True)
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="lamina-network-") as temporary:
-        yield Path(temporary)
 
 
 if __name__ == "__main__":
