@@ -441,6 +441,113 @@ def test_a_state_is_compared_with_a_checkpoint_to_the_bit(tmp_path: Path) -> Non
     assert checkpoint.differences(first, path) == ["model.safetensors"]
 
 
+# ---- rows that an earlier checkpoint has
+
+
+def one_a_round() -> Federation:
+    """SCAFFOLD with one of five clients in a round, so most rows stay as they were."""
+    return cases.federation(Scaffold(), "small", cohort=1)
+
+
+def partly(rounds: int, state: State | None = None) -> list[State]:
+    return cases.states(one_a_round(), rounds, state)
+
+
+def rows_in(file: Path) -> set[int]:
+    return {int(key.partition("/")[0]) for key in load_file(file)}
+
+
+def inodes(path: Path) -> set[int]:
+    return {file.stat().st_ino for file in path.iterdir()}
+
+
+def test_a_row_is_written_twice_and_then_linked(tmp_path: Path) -> None:
+    """By the commit after its client's round and the one after that, however many come then; a third time where three
+    quarters of its file are needed no more."""
+    changed: list[int] = []
+    written = 0
+    for state, record in one_a_round().run(20):
+        path = checkpoint.commit(state, tmp_path)
+        changed += record.cohort
+        fresh = rows_in(path / "clients.safetensors")
+        assert {*changed[-2:]} <= fresh <= {*changed}
+        written += len(fresh)
+        assert cases.everything(checkpoint.read(path, one_a_round())[0]) == cases.everything(state)
+    assert [*path.glob("clients-*.safetensors")]
+    assert written < 20 * 3 < 20 * len(state.clients)
+
+
+def test_the_newest_two_checkpoints_have_no_file_together(tmp_path: Path) -> None:
+    for state in partly(10):
+        checkpoint.commit(state, tmp_path, best=3 if state.round > 3 else None)
+        *_, older, newer = [None, *checkpoint.committed(tmp_path)]
+        if older is not None:
+            assert not inodes(older) & inodes(newer)
+    assert checkpoint.committed(tmp_path)[0].name == "round-000003"
+
+
+def test_damage_to_a_linked_file_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    after = partly(9)
+    for state in after:
+        checkpoint.commit(state, tmp_path)
+    older, newer = checkpoint.committed(tmp_path)
+    file = next(newer.glob("clients-*.safetensors"))
+    blob = bytearray(file.read_bytes())
+    blob[-1] ^= 1
+    file.write_bytes(blob)
+    assert not checkpoint.intact(newer)
+    assert checkpoint.latest(tmp_path) == older
+    again, _ = checkpoint.read(older, one_a_round())
+    assert cases.everything(again) == cases.everything(after[-2])
+
+
+def test_a_run_that_goes_on_links_what_it_read(tmp_path: Path) -> None:
+    """And ends with what the run that never stopped ends with."""
+    *_, last = partly(9)
+    for state in partly(5):
+        checkpoint.commit(state, tmp_path)
+    again, _ = checkpoint.read(tmp_path / "round-000005", one_a_round())
+    for state in partly(4, again):
+        checkpoint.commit(state, tmp_path)
+    newest = tmp_path / "round-000009"
+    assert [*newest.glob("clients-*.safetensors")]
+    there, _ = checkpoint.read(newest, one_a_round())
+    assert cases.everything(there) == cases.everything(last)
+
+
+def test_where_nothing_can_be_linked_rows_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    for state in partly(6):
+        again, _ = checkpoint.read(checkpoint.commit(state, tmp_path), one_a_round())
+        assert cases.everything(again) == cases.everything(state)
+    assert [*(tmp_path / "round-000006").glob("clients-*.safetensors")]
+
+
+def test_a_file_of_which_most_is_not_needed_is_not_linked(tmp_path: Path) -> None:
+    """In a round of all clients everything changes, and nothing of before is kept."""
+    fed = cases.federation(Scaffold(), "small", cohort="all")
+    for state, _ in fed.run(4):
+        path = checkpoint.commit(state, tmp_path)
+        assert [name for name in names(path) if name.startswith("clients")] == ["clients.safetensors"]
+
+
+def test_a_checkpoint_of_before_rows_were_linked_is_read(tmp_path: Path) -> None:
+    fed = cases.federation(Scaffold(), "small")
+    *_, state = cases.states(fed, 2)
+    path = checkpoint.commit(state, tmp_path)
+    document = json.loads((path / "state.json").read_text())
+    del document["clients"]["files"]
+    document["clients"]["kinds"] = [kind[:3] for kind in document["clients"]["kinds"]]
+    (path / "state.json").write_text(json.dumps(document))
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    manifest["sha256"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "MANIFEST.json").write_bytes(checkpoint.summed({k: v for k, v in manifest.items() if k != "own"}))
+    assert cases.everything(checkpoint.read(path, fed)[0]) == cases.everything(state)
+
+
 # ---- how often
 
 

@@ -21,7 +21,7 @@ import cases
 from lamina import ClientData, Federation, LocalSGD, Method, Scaffold, State, checkpoint
 from lamina.engine import processes
 from lamina.store import ClientStore, Entry
-from lamina.store.clients import Memory, Row
+from lamina.store.clients import Kept, Memory, Row
 from lamina.store.entries import Entries
 
 CLIENTS = 100_000
@@ -43,7 +43,7 @@ def many(**options: Any) -> Federation:
 def everybody_knows(fed: Federation) -> State:
     """After a round, and as if every client had taken part before."""
     state = cases.finish(fed, 1)[0]
-    row = Row(fed.method.init_client(state.params), {})
+    row = Kept(Row(fed.method.init_client(state.params), {}))
     known = {c: state.clients.entry(c) for c in state.clients}
     held = next(iter(known.values())).held
     return replace(
@@ -98,13 +98,13 @@ def test_a_round_asks_for_the_rows_and_examples_of_its_cohort_alone(monkeypatch:
     touched: dict[str, set[int]] = {"row": set(), "put": set(), "examples": set()}
 
     class Spied(Memory):
-        def get(self, client: int, place: Row) -> Row:
+        def get(self, client: int, place: Kept) -> Row:
             touched["row"].add(client)
-            return place
+            return super().get(client, place)
 
-        def put(self, client: int, accepted: int, row: Row) -> Row:
+        def put(self, client: int, accepted: int, row: Row) -> Kept:
             touched["put"].add(client)
-            return row
+            return super().put(client, accepted, row)
 
     indices_of = ClientData.indices_of
 
@@ -172,7 +172,7 @@ def test_clients_of_a_cohort_that_remember_nothing_are_one_entry() -> None:
     (first, _), (second, record) = fed.run(2)
     assert len({id(first.clients.entry(c)) for c in first.clients}) == 1
     assert len({id(second.clients.entry(c)) for c in record.cohort}) == 1
-    assert len(checkpoint._document(second)["clients"]["kinds"]) == 2
+    assert len(checkpoint._document(second, None)["clients"]["kinds"]) == 2
 
 
 def test_a_checkpoint_gives_back_who_shares_what(tmp_path: Path) -> None:
@@ -186,10 +186,12 @@ def test_a_checkpoint_gives_back_who_shares_what(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_an_earlier_lamina_is_read() -> None:
     """It listed skeleton, table and last round once more for every client."""
-    kinds = [["leaf", 0, 3], [None, 1, 4]]
-    now = {"who": [2, 5, 10], "kind": [0, 1, 0], "kinds": kinds}
-    before = {"2": kinds[0], "5": kinds[1], "10": kinds[0]}
-    assert checkpoint._listed(now) == checkpoint._listed(before) == {2: kinds[0], 5: kinds[1], 10: kinds[0]}
+    one, other = ["leaf", 0, 3], [None, 1, 4]
+    now = {"who": [2, 5, 10], "kind": [0, 1, 0], "kinds": [[*one, 0], [*other, 0]]}
+    between = now | {"kinds": [one, other]}  # when all rows of a checkpoint were in one file
+    before = {"2": one, "5": other, "10": one}
+    assert checkpoint._listed(now) == checkpoint._listed(between) == checkpoint._listed(before)
+    assert checkpoint._listed(now) == {2: [*one, 0], 5: [*other, 0], 10: [*one, 0]}
 
 
 # ---- with the rounds

@@ -1,8 +1,8 @@
 """Every step by which a process changes files, counted, and cut short at one of them.
 
-A step is an open for writing, a write, a flush to the disk, a rename, a removal, a new folder or a cut, in a folder
-that is watched. At one of them the process is killed, or the step fails; a write may have been made by half before.
-`Journal` keeps the steps instead, with their content, to build what is left after the power fails.
+A step is an open for writing, a write, a flush to the disk, a rename, a removal, a new folder, a link or a cut, in a
+folder that is watched. At one of them the process is killed, or the step fails; a write may have been made by half
+before. `Journal` keeps the steps instead, with their content, to build what is left after the power fails.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-CHANGING = {"open", "write", "mkdir", "fsync", "rename"}  # what a full disk may refuse
+CHANGING = {"open", "write", "mkdir", "fsync", "rename", "link"}  # what a full disk may refuse
 
 
 def forked(work: Callable[[], int | None], errors: Path | None = None) -> int:
@@ -114,7 +114,7 @@ class Steps:
         return self
 
     def _patch(self) -> None:
-        names = "open write fsync rename replace unlink remove rmdir mkdir truncate ftruncate symlink"
+        names = "open write fsync rename replace unlink remove rmdir mkdir truncate ftruncate symlink link"
         real = {name: getattr(os, name) for name in names.split()}
 
         def named(handle: int) -> str:
@@ -167,11 +167,15 @@ class Steps:
             self.step("symlink", new, os.fsdecode(old))
             real["symlink"](old, new, *rest, **more)
 
+        def link(old: Any, new: Any, *rest: Any, **more: Any) -> None:
+            self.step("link", new, os.path.abspath(os.fsdecode(old)))
+            real["link"](old, new, *rest, **more)
+
         made: dict[str, Any] = {
             "open": open_, "write": write, "fsync": fsync, "ftruncate": ftruncate, "truncate": truncate,
             "rename": rename("rename"), "replace": rename("replace"), "unlink": single("unlink", "unlink"),
             "remove": single("remove", "unlink"), "rmdir": single("rmdir", "rmdir"), "mkdir": single("mkdir", "mkdir"),
-            "symlink": symlink,
+            "symlink": symlink, "link": link,
         }  # fmt: skip
         for name, function in made.items():
             setattr(os, name, function)
@@ -252,6 +256,9 @@ class Journal:
                 holder.names.append((self.count, name, "", node))
             elif kind == "open" and content and node is not None:
                 node.steps.append((self.count, "truncate", 0))
+        elif kind == "link" and holder is not None and content in self._now:
+            node = self._now[path] = self._now[content]
+            holder.names.append((self.count, name, "", node))
         elif kind in ("write", "truncate") and node is not None:
             node.steps.append((self.count, kind, content))
         elif kind in ("unlink", "rmdir") and node is not None and holder is not None:

@@ -1,9 +1,10 @@
 """A checkpoint is a State in a folder: safetensors for tensors, JSON for the rest, there whole or not at all.
 
-    checkpoints/round-000012/{model,server,clients}.safetensors  state.json  MANIFEST.json
+    checkpoints/round-000012/{model,server,clients}.safetensors  clients-*.safetensors  state.json  MANIFEST.json
 
 Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept, and the best.
 The manifest has the SHA-256 of every file, of the manifest of the checkpoint before, and its own: a chain. No pickle.
+Rows of clients that an earlier checkpoint has are linked from there, see `store.linked`.
 With Federation(store="disk:PATH") the clients' rows are on disk already: state.json says where, instead of
 clients.safetensors, and the store keeps them for as long as the checkpoint is there.
 """
@@ -17,10 +18,11 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -31,8 +33,9 @@ from lamina.errors import StorageError
 from lamina.federation import Federation
 from lamina.privacy.accountant import Made
 from lamina.state import State
-from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf
+from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf, linked
 from lamina.store.files import sync
+from lamina.store.linked import File, Rows
 from lamina.tree import apart, flatten, skeleton, unflatten
 
 _VERSION = 1
@@ -40,7 +43,6 @@ _COST = 0.02  # share of the time that commits may cost, when it is left to `Pac
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MANIFEST = "MANIFEST.json"
 _SUM = b', "own": "'  # then the SHA-256 of what stands before it
-_CLIENTS = "clients.safetensors"
 _NAMES = {"model.safetensors", "server.safetensors", "state.json"}
 
 
@@ -86,15 +88,20 @@ def commit(
         if not folder.is_dir():
             folder.mkdir(parents=True)
             sync(folder.parent)
-        links = {"parent": _link(_before(folder, state.round, after)), "best": None}
+        before = _before(folder, state.round, after)
+        links = {"parent": _link(before), "best": None}
         if best is not None and best != state.round:
             links["best"] = _link(place(folder, best))
         state.clients.pin(final)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        files = _files(state)
-        files["state.json"] = json.dumps(_document(state) | {"extra": dict(extra or {})}).encode()
+        rows = _planned(state, folder, before)
+        files = _files(state) | ({} if rows is None else {linked.OWN: save(apart(rows.tensors()))})
+        files["state.json"] = json.dumps(_document(state, rows) | {"extra": dict(extra or {})}).encode()
         hashes = {name: _write(temporary / name, blob) for name, blob in files.items()}
+        if rows is not None:
+            rows.note(state.round, hashes[linked.OWN])
+            hashes |= rows.link(temporary, _write)
         manifest = {"version": _VERSION, "round": state.round, **links, "sha256": hashes}
         _write(temporary / _MANIFEST, summed(manifest))
         sync(temporary)
@@ -117,6 +124,21 @@ def commit(
     with contextlib.suppress(OSError):  # then rows are kept that nobody needs, until the next commit
         state.clients.shelf.unpin(folder)
     return final
+
+
+def _planned(state: State, folder: Path, before: Path | None) -> Rows | None:
+    """How the clients' rows go into the next checkpoint; None where they are on disk already."""
+    if isinstance(state.clients.shelf, Disk):
+        return None
+    there: dict[File, Path] = {}
+    for path in committed(folder):
+        there |= {file: path / name for file, name in _files_of_rows(path).items() if (path / name).is_file()}
+    return linked.planned(state.clients, state.round, there, _files_of_rows(before) if before is not None else ())
+
+
+def _files_of_rows(path: Path) -> dict[File, str]:
+    hashes = (_manifest(path) or {"sha256": {}})["sha256"]
+    return linked.files(int(path.name.rpartition("-")[2]), hashes)
 
 
 def _remove(path: Path) -> None:
@@ -158,7 +180,7 @@ def latest(folder: Path) -> Path | None:
 def intact(path: Path) -> bool:
     try:
         hashes = (_manifest(path) or {})["sha256"]
-        whole = set(hashes) - {_CLIENTS} == _NAMES
+        whole = set(hashes) - {*linked.files(0, hashes).values()} == _NAMES
         return whole and all(_sha256((path / name).read_bytes()) == sha256 for name, sha256 in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -179,8 +201,13 @@ def unlinked(path: Path) -> str | None:
 def differences(state: State, path: Path) -> list[str]:
     """The files at `path`, which is intact, that do not hold this state, to the bit."""
     hashes = (_manifest(path) or {})["sha256"]
-    odd = [name for name, blob in _files(state).items() if name in hashes and _sha256(blob) != hashes[name]]
-    mine, written = _document(state), json.loads((path / "state.json").read_bytes())
+    odd = [name for name, blob in _files(state).items() if _sha256(blob) != hashes[name]]
+    mine, written = _document(state, None), json.loads((path / "state.json").read_bytes())
+    if written.get("rows") is None and not isinstance(state.clients.shelf, Disk):
+        theirs = linked.written(*_rows(written, path))
+        rows = {c: flatten(row) for c, row in state.clients.rows.items()}
+        if {c: _bits(row) for c, row in rows.items() if row} != {c: _bits(row) for c, row in theirs.items()}:
+            odd.append(linked.OWN)
     known = (k for k in mine if k in written and k not in ("held", "clients", "rows"))  # these share what is alike
     return odd if all(json.dumps(mine[k]) == json.dumps(written[k]) for k in known) else [*odd, "state.json"]
 
@@ -280,16 +307,14 @@ def _files(state: State) -> dict[str, bytes]:
     model |= {f"past/{i}/{n}": x for i, version in enumerate(state.past) for n, x in version.params.items()}
     server = {f"server/{n}": x for n, x in flatten(state.server).items() if isinstance(x, Tensor)}
     parts = {"model.safetensors": model, "server.safetensors": server}
-    if not isinstance(state.clients.shelf, Disk):
-        parts[_CLIENTS] = {f"{c}/{n}": x for c in state.clients for n, x in flatten(state.clients.get(c).row).items()}
     return {name: save(apart(tensors)) for name, tensors in parts.items()}
 
 
-def _document(state: State) -> dict[str, Any]:
+def _document(state: State, rows: Rows | None) -> dict[str, Any]:
     held: list[dict[str, int]] = []  # a cohort shares one table of tags, and one entry where it remembers nothing
     tables: dict[int, int] = {}
     kinds: list[list[Any]] = []
-    known: dict[int, int] = {}
+    known: dict[tuple[int, int], int] = {}
     who: list[int] = []
     kind: list[int] = []
     shelf = state.clients.shelf
@@ -297,15 +322,16 @@ def _document(state: State) -> dict[str, Any]:
     if isinstance(shelf, Disk):
         on_disk = shelf.document({c: entry.place for c, entry in state.clients.entries()})
     for c, entry in state.clients.entries():
-        if id(entry) not in known:
+        file = rows.position.get(c, 0) if rows is not None else 0
+        if (id(entry), file) not in known:
             if id(entry.held) not in tables:
                 tables[id(entry.held)] = len(held)
                 held.append(entry.held)
-            known[id(entry)] = len(kinds)
-            shape = None if on_disk is not None else skeleton(entry.place)
-            kinds.append([shape, tables[id(entry.held)], entry.accepted])
+            known[id(entry), file] = len(kinds)
+            shape = None if on_disk is not None or entry.place is None else skeleton(entry.place.row)
+            kinds.append([shape, tables[id(entry.held)], entry.accepted, file])
         who.append(c)
-        kind.append(known[id(entry)])
+        kind.append(known[id(entry), file])
     return {
         "version": _VERSION,
         "round": state.round,
@@ -320,7 +346,7 @@ def _document(state: State) -> dict[str, Any]:
         "resting": state.resting,
         "spent": state.spent,
         "held": held,
-        "clients": {"who": who, "kind": kind, "kinds": kinds},
+        "clients": {"who": who, "kind": kind, "kinds": kinds, "files": [] if rows is None else rows.names()},
         "rows": on_disk,
     }
 
@@ -329,7 +355,7 @@ def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> Client
     shelf: Shelf = MEMORY
     listed = _listed(document["clients"])
     if document.get("rows") is None:
-        places: dict[int, Any] = _rows(listed, _load(path / _CLIENTS), fed)
+        places: dict[int, Any] = linked.read(*_rows(document, path), _row(fed))
     elif isinstance(fed.store.shelf, Disk):
         shelf, places = fed.store.shelf, fed.store.shelf.places(document["rows"])
     else:
@@ -342,7 +368,7 @@ def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> Client
     tables = document["held"]
     alike: dict[tuple[int, int, int], Entry] = {}
     entries = {}
-    for c, (_, held, accepted) in listed.items():
+    for c, (_, held, accepted, _) in listed.items():
         place = places[c]
         entry = Entry(place, tables[held], accepted)
         entries[c] = alike.setdefault((id(place), id(entry.held), accepted), entry)
@@ -350,29 +376,29 @@ def _clients(document: Mapping[str, Any], path: Path, fed: Federation) -> Client
 
 
 def _listed(clients: dict[str, Any]) -> dict[int, list[Any]]:
-    """Skeleton of the row, position of the table of tags, and last round accepted, by client."""
+    """Skeleton of the row, position of the table of tags, last round accepted, and position of the file, by client."""
     if "kinds" not in clients:  # of an earlier lamina
-        return {int(c): one for c, one in clients.items()}
-    kinds = clients["kinds"]
+        return {int(c): [*one, 0] for c, one in clients.items()}
+    kinds = [[*kind, 0][:4] for kind in clients["kinds"]]  # which of an earlier lamina have no file
     return {c: kinds[kind] for c, kind in zip(clients["who"], clients["kind"], strict=True)}
 
 
-def _rows(listed: Mapping[int, list[Any]], tensors: Mapping[str, Tensor], fed: Federation) -> dict[int, Row | None]:
-    like = Row(fed.method.init_client(fed.initial.params), {})
-    leaves: dict[int, dict[str, Tensor]] = {}
-    for key, x in tensors.items():
-        client, _, name = key.partition("/")
-        leaves.setdefault(int(client), {})[name] = x
-    bare: dict[int, Row | None] = {}  # rows without tensors, by the id of their kind
-    rows: dict[int, Row | None] = {}
-    for c, kind in listed.items():
-        if c not in leaves and id(kind) in bare:
-            rows[c] = bare[id(kind)]
-            continue
-        rows[c] = unflatten(like, kind[0], leaves.get(c, {}))
-        if c not in leaves:
-            bare[id(kind)] = rows[c]
-    return rows
+def _rows(
+    document: Mapping[str, Any], path: Path
+) -> tuple[dict[int, list[Any]], list[File], Callable[[File], dict[str, Tensor]]]:
+    """Where the clients' rows are in the checkpoint at `path`, see `linked.written`."""
+    names = _files_of_rows(path)
+    files = {name: file for file, name in names.items()}
+    listed = _listed(document["clients"])
+    return (
+        listed,
+        [files[name] for name in document["clients"].get("files", [linked.OWN])],
+        lambda f: _load(path / names[f]),
+    )
+
+
+def _row(fed: Federation) -> Row:
+    return Row(fed.method.init_client(fed.initial.params), {})
 
 
 def _like(model: Mapping[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -398,5 +424,10 @@ def _write(path: Path, blob: bytes) -> str:
     return _sha256(blob)
 
 
-def _sha256(blob: bytes) -> str:
+def _bits(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    flat = {name: x.contiguous().view(-1).view(torch.uint8).numpy().data for name, x in tensors.items()}
+    return {name: (x.dtype, x.shape, _sha256(flat[name])) for name, x in tensors.items()}
+
+
+def _sha256(blob: bytes | memoryview) -> str:
     return hashlib.sha256(blob).hexdigest()

@@ -245,7 +245,13 @@ FILES = (
     File("checkpoints/round-*/server.safetensors", "What the method remembers at the server."),
     File(
         "checkpoints/round-*/clients.safetensors",
-        'What clients remember. With store="disk:PATH" it lies there instead, and state.json says which rows.',
+        "What clients remember, as far as the checkpoint before the last one does not have it. With "
+        'store="disk:PATH" it lies there instead, and state.json says which rows.',
+    ),
+    File(
+        "checkpoints/round-*/clients-*.safetensors",
+        "What that checkpoint has of it: a hard link, so it takes no room of its own. The number is the round in which "
+        "it was written.",
     ),
     File("checkpoints/round-*/state.json", "All else that a resumed run needs; its form is lamina's own."),
     File("chaos.json", "Of `lamina chaos`: what went wrong on purpose, and the account of what became of it."),

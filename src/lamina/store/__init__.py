@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from lamina.errors import expect
-from lamina.store.clients import MEMORY, ClientStore, Row, Shelf, Stored, Writer
+from lamina.store.clients import MEMORY, ClientStore, Kept, Row, Shelf, Stored, Writer
 from lamina.store.disk import Disk, on_disk
 from lamina.store.entries import Entry, Held
 
@@ -37,5 +37,6 @@ def empty_store(kind: str, model: Mapping[str, Tensor], like: Row, names: tuple[
 
 
 __all__ = [
-    "MEMORY", "ClientStore", "Disk", "Entry", "Held", "Row", "Shelf", "Stored", "Writer", "empty_store", "expect_kind",
+    "MEMORY", "ClientStore", "Disk", "Entry", "Held", "Kept", "Row", "Shelf", "Stored", "Writer", "empty_store",
+    "expect_kind",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lamina.store.entries import NOTHING, Entries, Entry, Held
-from lamina.tree import Params
+from lamina.tree import Params, flatten
 
 
 class Row(NamedTuple):
@@ -56,19 +56,42 @@ class Shelf(Protocol):
         """Let go of what was kept for paths in this folder that are no more."""
 
 
+class Kept:
+    """A row in memory. Rows without tensors that are alike are one; of any other, checkpoints note where they have it.
+
+    Args:
+        files: the last two files of checkpoints that it was written to: round and SHA-256.
+    """
+
+    __slots__ = ("files", "row", "size")
+
+    def __init__(self, row: Row, files: tuple[tuple[int, str], ...] = ()):
+        self.row = row
+        self.files = files
+        self.size: int = sum(x.nbytes for x in flatten(row).values())  # bytes
+
+
 class Memory:
-    """Rows are their own places."""
+    """Where rows are objects."""
 
-    def put(self, client: int, accepted: int, row: Row) -> Row:
-        return row
+    def __init__(self) -> None:
+        self._bare: Kept | None = None  # the last row without tensors
 
-    def get(self, client: int, place: Row) -> Row:
-        return place
+    def put(self, client: int, accepted: int, row: Row) -> Kept:
+        kept = Kept(row)
+        if kept.size:
+            return kept
+        if self._bare is None or self._bare.row != row:
+            self._bare = kept
+        return self._bare
 
-    def will_need(self, places: Iterable[Row]) -> None:
+    def get(self, client: int, place: Kept) -> Row:
+        return place.row
+
+    def will_need(self, places: Iterable[Kept]) -> None:
         pass
 
-    def tally(self, before: None, gone: Iterable[Row], come: Iterable[Row]) -> None:
+    def tally(self, before: None, gone: Iterable[Kept], come: Iterable[Kept]) -> None:
         pass
 
     def moved(self, tally: None, entries: Entries) -> Mapping[int, Entry]:
@@ -80,7 +103,7 @@ class Memory:
     def claim(self) -> None:
         pass
 
-    def pin(self, holder: Path, places: Iterable[Row]) -> None:
+    def pin(self, holder: Path, places: Iterable[Kept]) -> None:
         pass
 
     def unpin(self, folder: Path) -> None:
@@ -170,15 +193,10 @@ class Writer:
     def __init__(self, store: ClientStore):
         self._store = store
         self._changed: dict[int, Entry] = {}
-        self._bare: Row | None = None  # a row without tensors: all clients that have such a one have it together
         self._last = NOTHING
 
     def put(self, client: int, stored: Stored) -> None:
         row, held, accepted = stored
-        if row is not None and _bare(row):
-            if row != self._bare:
-                self._bare = row
-            row = self._bare
         self._note(client, None if row is None else self._store.shelf.put(client, accepted, row), held, accepted)
 
     def tell(self, client: int, held: Held) -> None:
@@ -208,13 +226,6 @@ def _with(store: ClientStore, changed: Mapping[int, Entry]) -> ClientStore:
 
 def _places(entries: Iterable[Entry]) -> Iterator[Any]:
     return (entry.place for entry in entries if entry.place is not None)
-
-
-def _bare(value: Any) -> bool:
-    """Whether there is no tensor in it."""
-    if isinstance(value, dict):
-        return all(map(_bare, value.values()))
-    return all(map(_bare, value)) if isinstance(value, tuple) else value is None
 
 
 class _Rows(Mapping[int, Row]):
