@@ -501,6 +501,32 @@ def test_damage_to_a_linked_file_leaves_the_checkpoint_before(tmp_path: Path) ->
     assert cases.everything(again) == cases.everything(after[-2])
 
 
+def test_what_was_damaged_is_written_again_and_not_linked(tmp_path: Path) -> None:
+    """Every commit finds all files of the one before the last one damaged; the last one is whole."""
+    for state in partly(12):
+        newest = checkpoint.commit(state, tmp_path)
+        assert checkpoint.intact(newest)
+        for older in checkpoint.committed(tmp_path)[:-1]:
+            for file in older.glob("*.safetensors"):
+                blob = bytearray(file.read_bytes())
+                blob[-1] ^= 1
+                file.write_bytes(blob)
+    assert cases.everything(checkpoint.read(newest, one_a_round())[0]) == cases.everything(state)
+
+
+def test_the_reference_of_inertia_is_linked(tmp_path: Path) -> None:
+    """It is the model after round 2 for ever after, and every second checkpoint has it in the same file."""
+    files = []
+    for state in partly(9):
+        file = checkpoint.commit(state, tmp_path) / "reference.safetensors"
+        if file.exists():
+            files.append((file.stat().st_ino, file.read_bytes()))
+    assert len(files) == 7
+    assert len({content for _, content in files}) == 1
+    assert [inode for inode, _ in files[2:]] == [inode for inode, _ in files[:-2]]
+    assert files[0][0] != files[1][0]
+
+
 def test_a_run_that_goes_on_links_what_it_read(tmp_path: Path) -> None:
     """And ends with what the run that never stopped ends with."""
     *_, last = partly(9)

@@ -1,10 +1,10 @@
 """A checkpoint is a State in a folder: safetensors for tensors, JSON for the rest, there whole or not at all.
 
-    checkpoints/round-000012/{model,server,clients}.safetensors  clients-*.safetensors  state.json  MANIFEST.json
+    checkpoints/round-000012/{model,server,reference,clients,clients-*}.safetensors  state.json  MANIFEST.json
 
 Everything is written into `.round-000012.tmp`, flushed to the disk, and renamed; the newest two are kept, and the best.
 The manifest has the SHA-256 of every file, of the manifest of the checkpoint before, and its own: a chain. No pickle.
-Rows of clients that an earlier checkpoint has are linked from there, see `store.linked`.
+What an earlier checkpoint has, rows of clients and the reference of inertia, is linked from there: see `store.linked`.
 With Federation(store="disk:PATH") the clients' rows are on disk already: state.json says where, instead of
 clients.safetensors, and the store keeps them for as long as the checkpoint is there.
 """
@@ -19,6 +19,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ _COST = 0.02  # share of the time that commits may cost, when it is left to `Pac
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MANIFEST = "MANIFEST.json"
 _SUM = b', "own": "'  # then the SHA-256 of what stands before it
+_REFERENCE = "reference.safetensors"
 _NAMES = {"model.safetensors", "server.safetensors", "state.json"}
 
 
@@ -98,7 +100,7 @@ def commit(
         rows = _planned(state, folder, before)
         files = _files(state) | ({} if rows is None else {linked.OWN: save(apart(rows.tensors()))})
         files["state.json"] = json.dumps(_document(state, rows) | {"extra": dict(extra or {})}).encode()
-        hashes = {name: _write(temporary / name, blob) for name, blob in files.items()}
+        hashes = _written(temporary, files, _references(folder, before))
         if rows is not None:
             rows.note(state.round, hashes[linked.OWN])
             hashes |= rows.link(temporary, _write)
@@ -134,6 +136,18 @@ def _planned(state: State, folder: Path, before: Path | None) -> Rows | None:
     for path in committed(folder):
         there |= {file: path / name for file, name in _files_of_rows(path).items() if (path / name).is_file()}
     return linked.planned(state.clients, state.round, there, _files_of_rows(before) if before is not None else ())
+
+
+def _references(folder: Path, before: Path | None) -> dict[str, Path]:
+    """The references of inertia that the next checkpoint may link, by SHA-256: none that the one before it has, so that
+    damage to it leaves that one whole."""
+    own = None if before is None else before / _REFERENCE
+    found: dict[str, Path] = {}
+    for path in committed(folder):
+        sha256, file = (_manifest(path) or {"sha256": {}})["sha256"].get(_REFERENCE), path / _REFERENCE
+        if sha256 and file.is_file() and not (own and own.is_file() and own.samefile(file)):
+            found[sha256] = file
+    return found
 
 
 def _files_of_rows(path: Path) -> dict[File, str]:
@@ -180,7 +194,7 @@ def latest(folder: Path) -> Path | None:
 def intact(path: Path) -> bool:
     try:
         hashes = (_manifest(path) or {})["sha256"]
-        whole = set(hashes) - {*linked.files(0, hashes).values()} == _NAMES
+        whole = set(hashes) - {*linked.files(0, hashes).values(), _REFERENCE} == _NAMES
         return whole and all(_sha256((path / name).read_bytes()) == sha256 for name, sha256 in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
@@ -201,7 +215,7 @@ def unlinked(path: Path) -> str | None:
 def differences(state: State, path: Path) -> list[str]:
     """The files at `path`, which is intact, that do not hold this state, to the bit."""
     hashes = (_manifest(path) or {})["sha256"]
-    odd = [name for name, blob in _files(state).items() if _sha256(blob) != hashes[name]]
+    odd = [name for name, blob in _files(state).items() if _sha256(blob) != hashes.get(name)]
     mine, written = _document(state, None), json.loads((path / "state.json").read_bytes())
     if written.get("rows") is None and not isinstance(state.clients.shelf, Disk):
         theirs = linked.written(*_rows(written, path))
@@ -259,9 +273,9 @@ def read(path: Path, fed: Federation) -> tuple[State, dict[str, Any]]:
         server = unflatten(
             like, document["server"], _part(_load(path / "server.safetensors"), "server") | document["numbers"]
         )
-        observed = Observed(
-            _like(fed.initial.params, _part(model, "reference")), document["elapsed"], _part(model, "mask")
-        )
+        kept_apart = (path / _REFERENCE).exists()  # which of an earlier lamina it is not
+        reference = _load(path / _REFERENCE) if kept_apart else _part(model, "reference")
+        observed = Observed(_like(fed.initial.params, reference), document["elapsed"], _part(model, "mask"))
         clients = _clients(document, path, fed)
         change = document.get("change")
         if change is not None:
@@ -300,13 +314,14 @@ def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _files(state: State) -> dict[str, bytes]:
     model = {f"params/{n}": x for n, x in state.params.items()} | {f"buffers/{n}": x for n, x in state.buffers.items()}
-    model |= {f"reference/{n}": x for n, x in state.observed.reference.items()}
     model |= {f"mask/{n}": x for n, x in state.observed.mask.items()}
     if state.change is not None:
         model |= {f"change/{n}": x for n, x in state.change.step.items()}
     model |= {f"past/{i}/{n}": x for i, version in enumerate(state.past) for n, x in version.params.items()}
     server = {f"server/{n}": x for n, x in flatten(state.server).items() if isinstance(x, Tensor)}
     parts = {"model.safetensors": model, "server.safetensors": server}
+    if state.observed.reference:
+        parts[_REFERENCE] = dict(state.observed.reference)
     return {name: save(apart(tensors)) for name, tensors in parts.items()}
 
 
@@ -416,12 +431,25 @@ def _load(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def _write(path: Path, blob: bytes) -> str:
+def _written(folder: Path, files: Mapping[str, bytes], references: Mapping[str, Path]) -> dict[str, str]:
+    """The SHA-256 of each, which another thread takes meanwhile: it takes about as long as writing. A reference that is
+    one of these is linked."""
+    with ThreadPoolExecutor(1) as pool:
+        order = sorted(files, key=lambda name: name != _REFERENCE)
+        hashes = {name: pool.submit(_sha256, files[name]) for name in order}
+        for name in reversed(order):
+            same = references.get(hashes[name].result()) if name == _REFERENCE else None
+            whole = same is not None and same.read_bytes() == files[name]  # it may have been damaged meanwhile
+            if same is None or not whole or not linked.link(same, folder / name):
+                _write(folder / name, files[name])
+        return {name: hashes[name].result() for name in files}
+
+
+def _write(path: Path, blob: bytes) -> None:
     with path.open("wb") as file:
         file.write(blob)
         file.flush()
         os.fsync(file.fileno())
-    return _sha256(blob)
 
 
 def _bits(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -242,6 +242,10 @@ FILES = (
         },
     ),
     File("checkpoints/round-*/model.safetensors", "Parameters and buffers after that round."),
+    File(
+        "checkpoints/round-*/reference.safetensors",
+        "The model after round 2, from which inertia is measured; linked from an earlier checkpoint, too.",
+    ),
     File("checkpoints/round-*/server.safetensors", "What the method remembers at the server."),
     File(
         "checkpoints/round-*/clients.safetensors",

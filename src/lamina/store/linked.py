@@ -5,11 +5,13 @@
 
 Nothing is linked from the last checkpoint. So the newest two have no file together, and damage to one of them leaves
 the other whole; and a row is written twice, however many commits come before its client changes it again. A file of
-which less than a quarter is needed is not linked: that is written again, so that the rest can go.
+which less than a quarter is needed is not linked: that is written again, so that the rest can go. What is linked is
+read first: a file that has been damaged meanwhile goes no further.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
@@ -49,9 +51,7 @@ class Rows(NamedTuple):
         the SHA-256 of each by its name."""
         linked = {}
         for name, ((_, sha256), source) in zip(self.names()[1:], self.links.items(), strict=True):
-            try:
-                os.link(source, folder / name)
-            except OSError:
+            if not link(source, folder / name):
                 write(folder / name, source.read_bytes())
             linked[name] = sha256
         return linked
@@ -60,6 +60,15 @@ class Rows(NamedTuple):
         """The file of this commit is there."""
         for kept in self.fresh.values():
             kept.files = (*kept.files, (round, sha256))[-2:]
+
+
+def link(source: Path, target: Path) -> bool:
+    """Makes it one file by two names; False where that cannot be."""
+    try:
+        os.link(source, target)
+    except OSError:
+        return False
+    return True
 
 
 def planned(store: ClientStore, round: int, there: Mapping[File, Path], last: Iterable[File]) -> Rows:
@@ -76,10 +85,15 @@ def planned(store: ClientStore, round: int, there: Mapping[File, Path], last: It
     for c, file in found.items():
         if file is not None:
             needed[file] += rows[c].size
-    worth = [file for file, size in needed.most_common(_FILES) if 4 * size >= _payload(there[file])]
+    most = needed.most_common(_FILES)
+    worth = [file for file, size in most if 4 * size >= _payload(there[file]) and _intact(there[file], file[1])]
     positions = {file: i for i, file in enumerate(worth, 1)}
     position = {c: 0 if file is None else positions.get(file, 0) for c, file in found.items()}
     return Rows({c: rows[c] for c, at in position.items() if not at}, {file: there[file] for file in worth}, position)
+
+
+def _intact(path: Path, sha256: str) -> bool:
+    return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
 
 
 def _payload(path: Path) -> int:
