@@ -198,7 +198,10 @@ class _Post:
         if self._carry is None:
             return self._received, scalars
         blob = frame.pack(frame.Frame("message", self._plan.round, self._client, scalars, self._blobs))
-        arrived = frame.unpack(self._carry("message", blob))
+        carried = self._carry("message", blob)
+        if carried is None:
+            return self._received, scalars
+        arrived = frame.unpack(carried)
         trees = {t: codec.decode(arrived.sections[t], context) for t, (codec, context) in self._coding.items()}
         return trees, arrived.scalars
 

@@ -167,7 +167,7 @@ class Broadcast:
     ) -> dict[str, wire.Size]:
         """The same by really sending it, and comparing what arrives with what every client is said to hold."""
         blob = self._packed(lacking, base, accepted, client)
-        arrived = frame.unpack(carry("plan", blob))
+        arrived = frame.unpack(carry("plan", blob) or blob)
         if arrived.sections["upload"] != self._upload():  # all else has a checksum
             raise RunError(f"round {self._server.round}: what the plan asks for changed on the wire", code="E343")
         sizes = {}

@@ -232,6 +232,11 @@ class Federation:
         return self.cohort if self._asks > self.cohort else None
 
     @property
+    def channels_last(self) -> bool:
+        """Whether clients train in NHWC memory: the model convolves, and ran so when it was tried."""
+        return self._trainer.channels_last
+
+    @property
     def model(self) -> nn.Module:
         """A fresh copy of the model with its initial weights."""
         return self.module(State(*self.initial, (), ClientStore()))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,6 +20,18 @@ from lamina.metrics import METRICS, Metric, measured
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
 
 _TRIAL = 8  # examples
+
+_known: ContextVar[bool | None] = ContextVar("known", default=None)
+
+
+@contextlib.contextmanager
+def tried(channels_last: bool | None) -> Iterator[None]:
+    """Inside, a model is not tried: it was, and ran so. None: it is."""
+    before = _known.set(channels_last)
+    try:
+        yield
+    finally:
+        _known.reset(before)
 
 
 def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed: int) -> Trainer:
@@ -37,6 +51,8 @@ def ready(model: nn.Module, loss: Loss, data: ClientData, local: LocalSGD, seed:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("the model has no trainable parameter", code="E111", where="model")
+    if (known := _known.get()) is not None:
+        return Trainer(model, loss, data, local, seed, known)
     if not len(data.indices) and data.test is None:
         warnings.warn("there is no example here: the model is not tried on any", stacklevel=3)
         return Trainer(model, loss, data, local, seed, channels_last=False)

@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from grid import FakeGrid, Node
 
 import lamina
-from lamina import ConfigError, RunError, StorageError, WireError, config, runs
+from lamina import ConfigError, RunError, StorageError, WireError, config, preflight, runs
 from lamina.flower import client, client_app, mod, post, project
 from lamina.flower import server as serving
 from lamina.flower.records import STYPE, framing, packed, unpacked
@@ -134,6 +134,38 @@ def test_a_node_has_no_more_processes_than_clients_to_train() -> None:
     assert few(3, "engine=processes", "workers=4") == ("processes", 3)
     assert few(1, "engine=auto", "workers=4") == ("auto", 1)
     assert few(1, "engine=stacked", "workers=4") == ("stacked", 4)
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"channels_last": 1, "settings": ""}', "{"])
+def test_a_model_is_tried_by_the_first_message_of_an_experiment_alone(
+    damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And again where the note of it cannot be read, or the settings are others."""
+    tries: list[bool] = []
+    fails = preflight._fails
+
+    def counted(*given: Any, **named: Any) -> Any:
+        tries.append(True)
+        return fails(*given, **named)
+
+    loaded = config.load(app(tmp_path), env={})
+    note = tmp_path / "node" / "tried.json"
+
+    def tried(with_: config.Config) -> int:
+        before = len(tries)
+        made = client._built(with_, config.data_of(with_), note)
+        assert made.channels_last == plain.channels_last
+        return len(tries) - before
+
+    plain = config.build(loaded)
+    monkeypatch.setattr(preflight, "_fails", counted)
+    once = tried(loaded)
+    assert once > 0
+    assert [tried(loaded), tried(loaded)] == [0, 0]
+    other = loaded.model_copy(update={"weights": "uniform"})
+    assert [tried(other), tried(other)] == [once, 0]
+    note.write_text(damage)
+    assert [tried(other), tried(other)] == [once, 0]
 
 
 def test_a_letter_that_is_too_long_is_refused_by_its_length(tmp_path: Path) -> None:

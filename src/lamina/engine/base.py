@@ -106,10 +106,9 @@ class Keep:
     def __init__(self) -> None:
         self.frames: dict[int, bytes] = {}
 
-    def __call__(self, kind: str, blob: bytes) -> bytes:
+    def __call__(self, kind: str, blob: bytes) -> None:
         _, _, client = frame.FIXED.unpack_from(blob, frame.FRONT.size + 8)
         self.frames[client] = blob
-        return blob
 
 
 def enclosed(setup: Setup, replies: list[Reply]) -> list[Reply]:

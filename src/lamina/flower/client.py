@@ -7,24 +7,30 @@ with every message, and is gone when the SuperNode is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import traceback
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
 
+from lamina import preflight
 from lamina.config import Config, build, data_of
 from lamina.data import ClientData
 from lamina.engine import cores
 from lamina.errors import ConfigError, RunError, WireError
+from lamina.federation import Federation
 from lamina.flower.records import packed, unpacked
 from lamina.flower.settings import NodeKeys, back, keys_of, loaded
 from lamina.redaction import hidden
 from lamina.remote import AtNode, DiskShelf, FileVault, Node, Roll, bundled, unbundled
 from lamina.remote.roll import called
+from lamina.remote.shelf import place_of
+from lamina.remote.terms import stamp, terms_of
+from lamina.store.files import replace
 
 _COUNTER = "lamina"
 _SLACK = 4096  # bytes of a bundle beyond its parts
@@ -103,14 +109,45 @@ def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) ->
     if data is None or lacking:
         raise ConfigError(f"client {lacking[:1]} is not here any more", code="E118", where="node")
     asked = data.subset([own[name] for name in numbers])
-    alone = replace(asked, test=None, client_tests=None, check=False).among(names)
-    fed = build(_at_most(config, len(asked)), data=alone)
+    alone = dataclasses.replace(asked, test=None, client_tests=None, check=False).among(names)
+    fed = _built(_at_most(config, len(asked)), alone, place_of(keys.state_dir, experiment) / "tried.json")
     shelf = DiskShelf(fed, keys.state_dir, experiment)
     signs = keys_of(config)
     signing = None if signs is None else AtNode(signs, experiment)
     vault = None if fed.secure is None else FileVault(keys.secret_dir, experiment)
     with Node(fed, shelf, back=back(config), signing=signing, vault=vault) as node:
         return bundled(node.answer(unbundled(blob, (node.longest + _PER_PART) * len(asked) + _SLACK)))
+
+
+def _built(config: Config, data: ClientData, tried: Path) -> Federation:
+    """Whether the model runs on the data is tried by an experiment's first message here, and noted in this file."""
+    known = _noted(tried)
+    with preflight.tried(known and known.channels_last):
+        fed = build(config, data=data)
+    settings = stamp(terms_of(fed))
+    if known is not None and known.settings == settings:
+        return fed
+    if known is not None:  # of other settings
+        fed = build(config, data=data)
+    with contextlib.suppress(OSError):  # then the next message tries it again
+        tried.parent.mkdir(parents=True, exist_ok=True)
+        replace(tried, json.dumps(_Tried(fed.channels_last, settings)._asdict()).encode())
+    return fed
+
+
+class _Tried(NamedTuple):
+    """How the model ran, and with which settings."""
+
+    channels_last: bool
+    settings: str
+
+
+def _noted(path: Path) -> _Tried | None:
+    try:
+        known = _Tried(**json.loads(path.read_text()))
+        return known if isinstance(known.channels_last, bool) else None
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _at_most(config: Config, clients: int) -> Config:

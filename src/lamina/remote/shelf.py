@@ -72,6 +72,13 @@ class MemoryShelf:
         return {client: holding.puts for client, holding in self._holdings.items()}
 
 
+def place_of(folder: str | Path, experiment: str) -> Path:
+    """Where a node keeps what is of this experiment. Raises ConfigError for a name that is none."""
+    fine = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", experiment) is not None
+    expect(fine, f"experiment={experiment!r}: expected letters, digits, '.', '_', '-'", where="experiment")
+    return Path(folder) / experiment
+
+
 class DiskShelf:
     """Files that are there whole or not at all, each with a checksum over all that is in it.
 
@@ -87,9 +94,7 @@ class DiskShelf:
     """
 
     def __init__(self, fed: Federation, folder: str | Path, experiment: str):
-        fine = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", experiment) is not None
-        expect(fine, f"experiment={experiment!r}: expected letters, digits, '.', '_', '-'", where="experiment")
-        self.folder = Path(folder) / experiment
+        self.folder = place_of(folder, experiment)
         self._experiment = experiment
         self._like = Row(fed.method.init_client(fed.initial.params), {})
         self._read: tuple[str, Message] = ("", {})  # the plan that was read last

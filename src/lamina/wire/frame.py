@@ -38,7 +38,8 @@ class Frame(NamedTuple):
     sections: dict[str, bytes]
 
 
-Carry: TypeAlias = Callable[[str, bytes], bytes]  # kind of a frame, and its bytes -> the bytes that arrive
+# Kind of a frame, and its bytes -> the bytes that arrive; None: those that were sent, and somebody else reads them.
+Carry: TypeAlias = Callable[[str, bytes], bytes | None]
 
 
 def in_memory(kind: str, blob: bytes) -> bytes:
