@@ -200,6 +200,16 @@ def test_nodes_on_one_machine_keep_their_states_apart() -> None:
     assert len(folders) == 2
     assert NodeKeys.of(tables[0]).state_dir in folders
     assert NodeKeys.of({"state-dir": "/srv/x"}).state_dir == Path("/srv/x")
+    assert NodeKeys.of({**tables[0], "cores": 3}).state_dir == NodeKeys.of(tables[0]).state_dir
+
+
+def test_a_node_may_have_a_part_of_its_machine() -> None:
+    assert NodeKeys.of({"cores": 3}).cores == 3
+    assert NodeKeys.of({}).cores is None
+    for wrong in (0, -1, 1.5, "two", True):
+        with pytest.raises(ConfigError, match=r"cores=.*expected a whole number >= 1") as caught:
+            NodeKeys.of({"cores": wrong})
+        assert caught.value.code == "E103"
 
 
 def test_a_nodes_own_data_keys() -> None:

@@ -125,15 +125,18 @@ def test_nodes_without_a_client_are_let_be(together: bool, tmp_path: Path) -> No
     assert not events(tmp_path)
 
 
-def test_a_node_has_no_more_processes_than_clients_to_train() -> None:
-    def few(clients: int, *keys: str) -> tuple[str, int | None]:
-        made = client._at_most(config.load("quickstart", keys, env={}), clients)
+def test_a_node_has_no_more_processes_than_clients_to_train_and_cores_to_do_it_on() -> None:
+    def few(clients: int, *keys: str, cores: int | None = None) -> tuple[str, int | None]:
+        made = client._at_most(config.load("quickstart", keys, env={}), clients, cores)
         return made.engine, made.workers
 
     assert few(1, "engine=processes", "workers=4") == ("loop", 1)
     assert few(3, "engine=processes", "workers=4") == ("processes", 3)
     assert few(1, "engine=auto", "workers=4") == ("auto", 1)
     assert few(1, "engine=stacked", "workers=4") == ("stacked", 4)
+    assert few(3, "engine=processes", "workers=4", cores=2) == ("processes", 2)
+    assert few(3, "engine=processes", "workers=4", cores=1) == ("loop", 1)
+    assert few(3, "engine=auto", cores=1) == ("auto", 1)
 
 
 @pytest.mark.parametrize("damage", ["", "[]", '{"channels_last": 1, "settings": ""}', "{"])

@@ -121,7 +121,6 @@ class _Pool:
             def serve(pipe: Connection, worker: Worker) -> NoReturn:
                 _Child(pipe, worker, self._plans, self._replies, self._slot, self._like).run()
 
-            gc.collect()
             gc.freeze()  # so that the collector does not touch, and thereby copy, the pages the workers share
             try:
                 for _ in range(workers):

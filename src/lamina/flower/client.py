@@ -110,7 +110,7 @@ def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) ->
         raise ConfigError(f"client {lacking[:1]} is not here any more", code="E118", where="node")
     asked = data.subset([own[name] for name in numbers])
     alone = dataclasses.replace(asked, test=None, client_tests=None, check=False).among(names)
-    fed = _built(_at_most(config, len(asked)), alone, place_of(keys.state_dir, experiment) / "tried.json")
+    fed = _built(_at_most(config, len(asked), keys.cores), alone, place_of(keys.state_dir, experiment) / "tried.json")
     shelf = DiskShelf(fed, keys.state_dir, experiment)
     signs = keys_of(config)
     signing = None if signs is None else AtNode(signs, experiment)
@@ -150,9 +150,10 @@ def _noted(path: Path) -> _Tried | None:
         return None
 
 
-def _at_most(config: Config, clients: int) -> Config:
-    """With no more processes than it has clients to train: one client needs none, and gets the same bits without."""
+def _at_most(config: Config, clients: int, most: int | None = None) -> Config:
+    """With no more processes than it has clients to train, and than it may have: one needs none, and its clients get
+    the same bits without."""
     if config.engine not in ("auto", "processes"):
         return config
-    few = config.model_copy(update={"workers": min(config.workers or cores(), clients)})
-    return few.model_copy(update={"engine": "loop"}) if few.engine == "processes" and clients == 1 else few
+    few = config.model_copy(update={"workers": min(config.workers or cores(), clients, most or clients)})
+    return few.model_copy(update={"engine": "loop"}) if few.engine == "processes" and few.workers == 1 else few

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lamina.engine import cores
 from lamina.errors import RunError, expect, is_whole
 from lamina.flower import keys as keyring
 from lamina.flower.processes import Group, Groups, free_ports
@@ -124,6 +125,7 @@ class Rehearsal:
             "partition-id": i,
             "num-partitions": self.count,
             "state-dir": str(self.folder / "state" / f"node-{i + 1}"),
+            "cores": max(1, cores() // self.count),  # they are all on this machine
             **self._node_config(i),
         }
         secure = ["--insecure"]

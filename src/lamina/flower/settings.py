@@ -76,6 +76,7 @@ class NodeKeys:
         mine: which of the clients that the config's data has are here.
         state_dir: where this node keeps what its clients remember.
         secret_dir: where secrets of a secure sum are during a round; None: in memory, see `lamina.remote.FileVault`.
+        cores: of the machine that its clients are trained on; None: all.
         data: `data.*` and `sign.*` keys of the config that are this node's own, as on a command line.
     """
 
@@ -83,21 +84,27 @@ class NodeKeys:
     state_dir: Path
     data: tuple[str, ...]
     secret_dir: Path | None = None
+    cores: int | None = None
 
     @classmethod
     def of(cls, table: Mapping[str, Any]) -> NodeKeys:
+        """Raises ConfigError E103."""
         part = {"partition-id", "num-partitions"} & table.keys()
         expect(len(part) != 1, f"{', '.join(part)}: expected partition-id and num-partitions", where="node config")
         expect(not part or "clients" not in table, "clients, partition-id: expected one of them", where="node config")
         mine = str(table.get("clients", ""))
         if part:
             mine = f"{table['partition-id']}/{table['num-partitions']}"
-        named = xxhash.xxh3_64_hexdigest(repr(sorted(table.items())).encode())
+        cores = table.get("cores")
+        fine = cores is None or is_whole(cores, 1)
+        expect(fine, f"cores={cores!r}: expected a whole number >= 1", code="E103", where="node config")
+        whose = sorted((key, value) for key, value in table.items() if key != "cores")
+        named = xxhash.xxh3_64_hexdigest(repr(whose).encode())
         folder = table.get("state-dir") or Path.home() / ".lamina" / "nodes" / named
         data = [f"{key}={_said(value)}" for key, value in table.items() if key.startswith(("data.", "sign."))]
         secret = table.get("secret-dir") or None
         secret_dir = None if secret is None else Path(str(secret)).expanduser()
-        return cls(mine, Path(str(folder)).expanduser(), tuple(data), secret_dir)
+        return cls(mine, Path(str(folder)).expanduser(), tuple(data), secret_dir, cores)
 
     def chosen(self, count: int) -> list[int]:
         """Positions among `count` clients. Raises ConfigError E103."""
