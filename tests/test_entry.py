@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import cases
-from lamina import ErrorFeedback, cli, wire
+import network
+from lamina import ErrorFeedback, Federation, cli, wire
 from lamina.config import build, load
 from lamina.errors import ConfigError, LaminaError
 from lamina.runs import Run
@@ -69,6 +70,56 @@ def test_own_parts_give_the_same_in_every_engine_and_through_bytes(
             assert run.info[key] == first[key], key
     if "stacked" in engines:
         assert ran(*words, "engine=stacked").info["bytes_up"] == first["bytes_up"]
+
+
+HALVES = '''
+import json
+
+import numpy as np
+import torch
+from lamina import WireError
+from lamina.wire import Codec
+
+
+class Halves(Codec):
+    """A line of JSON with the names, then two bytes an entry: no format of lamina\'s."""
+
+    lossless = False
+
+    def encode(self, tree, context):
+        body = b"".join(x.half().numpy().tobytes() for x in tree.values())
+        return json.dumps(list(tree)).encode() + b"\\n" + body
+
+    def decode(self, blob, context):
+        head, _, body = blob.partition(b"\\n")
+        try:
+            tree, at = {}, 0
+            for name in json.loads(head):
+                spec = context.schema[name]
+                values = np.frombuffer(body, np.float16, spec.numel, at)
+                tree[name] = torch.from_numpy(values.astype(np.float32)).view(spec.shape)
+                at += 2 * spec.numel
+        except (ValueError, KeyError, TypeError) as error:
+            raise WireError(f"no halves: {error}") from None
+        return tree
+'''
+
+
+def test_a_codec_of_another_format_gives_the_same_through_bytes_and_from_elsewhere(folder: Path) -> None:
+    (folder / "halves.py").write_text(HALVES, encoding="utf-8")
+    simulated, sent = (ran("uplink=halves.py:Halves", "engine=loop", f"through_bytes={x}") for x in ("false", "true"))
+    assert sent.info["final_sha256"] == simulated.info["final_sha256"]
+    assert (sent.path / "bytes.jsonl").read_text() == (simulated.path / "bytes.jsonl").read_text()
+    halves = runpy.run_path(str(folder / "halves.py"))["Halves"]
+
+    def make(**options: Any) -> Federation:
+        return cases.federation(uplink=halves(), **options)
+
+    here = list(cases.federation(uplink=halves(), examples=network.shared()).run(3))
+    remote, _ = network.connected(make, ((0, 3), (1, 2, 4)))
+    there = list(remote.run(3))
+    assert there[-1][0].sha256() == here[-1][0].sha256()
+    assert [record.traffic for _, record in there] == [record.traffic for _, record in here]
 
 
 def test_halfway_moves_weights_by_half(folder: Path) -> None:

@@ -177,7 +177,7 @@ class Broadcast:
             truth = self._truth(tree)
             if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
                 raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
-            sizes[tree] = wire.layout(arrived.sections[tree], context)
+            sizes[tree] = self._coder(tree).layout(arrived.sections[tree], context)
         return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()), {})}
 
     def _truth(self, tree: str) -> Params:

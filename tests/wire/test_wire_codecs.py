@@ -301,6 +301,13 @@ def test_a_codec_of_ones_own_needs_encode_and_decode_only():
     assert Doubled().size(tree, Context(schema_of(tree))) is None
 
 
+def test_a_blob_says_what_transmit_says_whatever_its_format():
+    tree = {"x": torch.ones(3), "y": torch.ones(1)}
+    context = Context(schema_of(tree))
+    for codec in (Doubled(), Dense(), TopK(0.5), Dense("lossless")):
+        assert codec.layout(codec.encode(tree, context), context) == codec.transmit(tree, context)[1]
+
+
 def test_rows_are_own_bytes_and_shares_by_entries():
     tree = {"a": torch.randn(300), "b": torch.randn(100)}
     assert transmit(tree, Dense("int8"))[1][:2] == ({"a": 2 * 4 + 300, "b": 4 + 100}, 24 + 1)

@@ -7,6 +7,7 @@ whatever its strides; entries outside are not sent and decode to 0.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -106,7 +107,10 @@ class Context:
 
 
 class Codec(Protocol):
-    """A way to put trees on the wire. Derive from it and `transmit` and `size` have slow but correct defaults."""
+    """A way to put trees on the wire. Derive from it and `transmit`, `layout` and `size` have slow but correct defaults.
+
+    What `encode` writes need not be of lamina's format.
+    """
 
     @property
     def lossless(self) -> bool:
@@ -125,9 +129,17 @@ class Codec(Protocol):
         Tensors that need no change are returned as they are, not copied.
         """
         blob = self.encode(tree, context)
+        return self.decode(blob, context), self.layout(blob, context)
+
+    def layout(self, blob: bytes, context: Context) -> Size:
+        """The bytes of a blob that can be decoded, by tensor: what `transmit` says of it. Where it is not of lamina's
+        format, every tensor has its share by entries."""
+        with contextlib.suppress(WireError):
+            return layout(blob, context)
+        tree = self.decode(blob, context)
         rows = container.share(len(blob), [x.numel() for x in tree.values()])
         entries = {name: x.numel() for name, x in tree.items()}
-        return self.decode(blob, context), Size(dict(zip(tree, rows, strict=True)), len(blob) - sum(rows), entries)
+        return Size(dict(zip(tree, rows, strict=True)), len(blob) - sum(rows), entries)
 
     def size(self, names: Iterable[str], context: Context) -> Size | None:
         """The exact size of a tree with these tensors when it follows from shapes and context alone, else None."""
