@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -461,9 +462,11 @@ class Objects:
 
 
 def emit(value: dict[str, Any]) -> None:
+    """One line of JSON, which holds nothing that a terminal obeys."""
     from lamina.folder import finite
 
-    print(json.dumps(finite(value), ensure_ascii=False), flush=True)
+    text = json.dumps(finite(value), ensure_ascii=False)  # it escapes what is below a space
+    print(re.sub("[\x7f-\x9f]", lambda c: f"\\u{ord(c[0]):04x}", text), flush=True)
 
 
 # ---- data on its way

@@ -18,6 +18,7 @@ from lamina.federation import Federation
 from lamina.folder import OF_ROUNDS, logged, read_log, row_after
 from lamina.random import generator
 from lamina.record import RoundRecord
+from lamina.redaction import hidden_in
 from lamina.runs import Run
 from lamina.state import State
 from lamina.store import ClientStore
@@ -157,6 +158,8 @@ def _records(
         mine, theirs = made[log], lines[log, t]
         if log == "metrics.jsonl":
             mine, theirs = [_timeless(row, *theirs) for row in mine], [_timeless(row, *mine) for row in theirs]
+        if log == "events.jsonl":  # which are written without secrets
+            mine, theirs = hidden_in(mine), hidden_in(theirs)
         if sorted(map(_text, mine)) != sorted(map(_text, theirs)):
             keys = {key for a, b in zip(mine, theirs, strict=False) for key in a if a[key] != b.get(key, ...)}
             said = f" in {', '.join(sorted(keys))}" if log == "metrics.jsonl" and keys else ""
