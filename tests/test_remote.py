@@ -779,8 +779,22 @@ def test_a_node_with_other_settings_is_refused_with_both_named(name: str) -> Non
     for _, _, why in refused:
         assert why.startswith("it has other settings: ")
         assert said.format(seed=fed.seed) in why
-        assert why.count(" at its node, ") == 1
+        assert why.count(" at its node, ") == 1 + (name == "seed")  # another seed draws other frozen values, too
     assert not streets.nodes[0].shelf.counts()
+
+
+def test_a_node_with_other_frozen_values_is_refused() -> None:
+    """Nobody sends them, so nothing else would tell."""
+    fed, streets = with_other({}, ())
+    data = network.shared()
+    other = cases.federation(
+        FedAvg(), cohort="all", examples=replace(data.subset(HOMES[0]), test=None).among(data.names)
+    )
+    other._trainer.frozen["frozen.weight"].add_(1e-3)
+    streets.nodes[0] = Node(other)
+    refused = events(list(fed.run(1)), "E323")
+    assert {client for _, client, _ in refused} == {fed.data.names[c] for c in HOMES[0]}
+    assert all(f"frozen {other.frozen} at its node, {fed.frozen} here" in why for _, _, why in refused)
 
 
 def test_a_run_whose_nodes_all_have_other_settings_fails_and_says_so() -> None:

@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import cases
 import lamina
 from lamina import (
     ClientData,
@@ -34,6 +35,7 @@ from lamina import (
     engine,
     folder,
     runs,
+    terminal,
 )
 from lamina.cli import base, comparing, looking
 from lamina.compare import compare
@@ -323,6 +325,28 @@ def test_other_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StorageError) as caught:
         resume(tmp_path / "run", progress=False)
     assert caught.value.code == "E405"
+
+
+def test_other_frozen_values_are_refused(tmp_path: Path) -> None:
+    fed = cases.federation()
+    assert fed.frozen
+    assert not cases.federation(model="small").frozen
+    with pytest.raises(Interrupted):
+        fit(fed, 4, tmp_path / "run", progress=Stop(1, "once"))
+    other = cases.federation()
+    other._trainer.frozen["frozen.weight"].add_(1e-3)
+    with pytest.raises(StorageError, match="parameters that are not trained are not those") as caught:
+        resume(tmp_path / "run", 4, fed=other, progress=False)
+    assert caught.value.code == "E405"
+    assert resume(tmp_path / "run", 4, fed=cases.federation(), progress=False).info["status"] == "done"
+
+
+@pytest.mark.parametrize("sign", ["\x9b", "\x7f", "\x1b", "\x85"])
+def test_a_line_of_json_holds_nothing_that_a_terminal_obeys(sign: str, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.emit({"text": f"a{sign}b é"})
+    said = capsys.readouterr().out
+    assert sign not in said
+    assert json.loads(said) == {"text": f"a{sign}b é"}
 
 
 def refused(path: Path, said: str, **options: Any) -> None:

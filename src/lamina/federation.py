@@ -46,7 +46,7 @@ from lamina.robust import Rule
 from lamina.state import Evaluation, Initial, State
 from lamina.store import ClientStore, Row, empty_store, expect_kind
 from lamina.training import LocalSGD, Loss, Trainer, addressed_rng
-from lamina.tree import Message, Params, add, cut
+from lamina.tree import Message, Params, add, cut, sha256
 from lamina.wire import frame
 
 if TYPE_CHECKING:
@@ -235,6 +235,12 @@ class Federation:
     def channels_last(self) -> bool:
         """Whether clients train in NHWC memory: the model convolves, and ran so when it was tried."""
         return self._trainer.channels_last
+
+    @property
+    def frozen(self) -> str:
+        """SHA-256 of the parameters that are not trained, which no message has; "" where all are."""
+        frozen = self._trainer.frozen
+        return sha256(frozen) if frozen else ""
 
     @property
     def model(self) -> nn.Module:

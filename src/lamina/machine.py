@@ -39,6 +39,7 @@ def environment(fed: Federation) -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "git": _git(),
         "argv": redacted(sys.argv),
+        "frozen": fed.frozen,
         "data": {
             "name": fed.data.name,
             "partition": fed.data.partition,

@@ -468,9 +468,12 @@ def _as_it_began(run: Run, config: Config | None, total: int) -> tuple[Federatio
             "put it back, or start another run: lamina run config.toml",
         )
     fed = run._federation() if config is None else _built(run, config)
-    data, held = read_environment(folder)["data"], content(fed.data)
+    recorded = read_environment(folder)
+    data, held = recorded["data"], content(fed.data)
     if fed.data.fingerprint != data["fingerprint"] or data.get("content", held) != held:
         raise refuse("the data is not what this run was started on")
+    if fed.frozen != recorded.get("frozen", fed.frozen):
+        raise refuse("the parameters that are not trained are not those this run was started with")
     spec = fed.local.schedule
     if total != info["rounds"] and isinstance(spec, str) and "cosine" in spec.split():
         raise refuse(

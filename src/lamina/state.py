@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-
-import torch
 
 from lamina.books import Observed
 from lamina.downlink import Change, Version
@@ -15,7 +12,7 @@ from lamina.metrics import Number
 from lamina.norms import Known
 from lamina.privacy.dp import Spent
 from lamina.store import ClientStore
-from lamina.tree import Params
+from lamina.tree import Params, sha256
 
 
 class Evaluation(NamedTuple):
@@ -55,8 +52,4 @@ class State:
 
     def sha256(self) -> str:
         """Fingerprint of the global model: names, shapes and bytes of its parameters and buffers."""
-        digest = hashlib.sha256()
-        for name, x in sorted({**self.params, **self.buffers}.items()):
-            digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
-            digest.update(x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return sha256({**self.params, **self.buffers})

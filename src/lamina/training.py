@@ -144,6 +144,11 @@ class Trainer:
         self._held: Plan | None = None
 
     @property
+    def frozen(self) -> Params:
+        """The parameters that are not trained: everybody has them, and nobody sends them."""
+        return {name: p.data for name, p in self.model.named_parameters() if not p.requires_grad}
+
+    @property
     def buffers(self) -> Params:
         """The model's buffers as they are now, those of its state_dict."""
         return {name: x for name in self._places if name not in self._unsaved and (x := self._buffer(name)) is not None}

@@ -5,6 +5,7 @@ Nothing here changes its arguments. A function of two trees runs over the names 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -85,6 +86,15 @@ def apart(a: Mapping[str, Tensor]) -> Params:
         made[name] = x.detach().contiguous() if place not in seen else x.detach().contiguous().clone()
         seen.add(place)
     return made
+
+
+def sha256(a: Mapping[str, Tensor]) -> str:
+    """Fingerprint of names, shapes, dtypes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, x in sorted(a.items()):
+        digest.update(f"{name}:{tuple(x.shape)}:{x.dtype};".encode())
+        digest.update(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def top_fraction(scores: Tensor, keep: int) -> Tensor:

@@ -218,6 +218,7 @@ FILES = (
             "argv": "the command",
             "data": "what a resumed run must find again",
             "data.*": "its name, split and checksums",
+            "frozen": "SHA-256 of the parameters that are not trained; empty where all are",
             "config": "every key that can change a round",
             "config.*": "its value",
             "entries": "SHA-256 of the file of each entry",

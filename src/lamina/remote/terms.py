@@ -41,6 +41,8 @@ def terms_of(fed: Federation) -> dict[str, str]:
         "secure": fed.secure,
         "seed": fed.seed,
     }
+    if fed.frozen:
+        said["frozen"] = fed.frozen
     return {key: _words(x) for key, x in said.items()}
 
 
