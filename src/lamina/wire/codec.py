@@ -107,10 +107,8 @@ class Context:
 
 
 class Codec(Protocol):
-    """A way to put trees on the wire. Derive from it and `transmit`, `layout` and `size` have slow but correct defaults.
-
-    What `encode` writes need not be of lamina's format.
-    """
+    """A way to put trees on the wire, in any format. Derive from it: only `encode` and `decode` have no default, and
+    the others' are slow but correct."""
 
     @property
     def lossless(self) -> bool:
