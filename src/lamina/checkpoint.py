@@ -439,7 +439,7 @@ def _written(folder: Path, files: Mapping[str, bytes], references: Mapping[str, 
         hashes = {name: pool.submit(_sha256, files[name]) for name in order}
         for name in reversed(order):
             same = references.get(hashes[name].result()) if name == _REFERENCE else None
-            whole = same is not None and same.read_bytes() == files[name]  # it may have been damaged meanwhile
+            whole = same is not None and linked.intact(same, hashes[name].result())  # it may have been damaged since
             if same is None or not whole or not linked.link(same, folder / name):
                 _write(folder / name, files[name])
         return {name: hashes[name].result() for name in files}

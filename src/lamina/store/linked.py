@@ -25,6 +25,7 @@ from lamina.store.clients import ClientStore, Kept, Row
 from lamina.tree import flatten, unflatten
 
 OWN = "clients.safetensors"
+_PIECE = 1 << 20  # bytes
 _FILES = 32  # linked at most; the rows of others are written again
 _NAME = re.compile(r"clients(?:-(\d{6,}))?\.safetensors")
 
@@ -86,14 +87,20 @@ def planned(store: ClientStore, round: int, there: Mapping[File, Path], last: It
         if file is not None:
             needed[file] += rows[c].size
     most = needed.most_common(_FILES)
-    worth = [file for file, size in most if 4 * size >= _payload(there[file]) and _intact(there[file], file[1])]
+    worth = [file for file, size in most if 4 * size >= _payload(there[file]) and intact(there[file], file[1])]
+    worth = [*{file[0]: file for file in reversed(worth)}.values()]  # of a round that was made twice, one
     positions = {file: i for i, file in enumerate(worth, 1)}
     position = {c: 0 if file is None else positions.get(file, 0) for c, file in found.items()}
     return Rows({c: rows[c] for c, at in position.items() if not at}, {file: there[file] for file in worth}, position)
 
 
-def _intact(path: Path, sha256: str) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+def intact(path: Path, sha256: str) -> bool:
+    """Whether the file has this SHA-256. It is read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest() == sha256
 
 
 def _payload(path: Path) -> int:
