@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import cases
 from lamina import (
@@ -430,6 +430,24 @@ def test_one_that_goes_is_none_from_its_first_file_on(tmp_path: Path, monkeypatc
     assert checkpoint.committed(tmp_path) == [second]
 
 
+def test_a_checkpoint_of_before_the_reference_had_a_file_is_read_and_compared(tmp_path: Path) -> None:
+    fed = cases.federation(Scaffold(), "small")
+    *_, state = cases.states(fed, 4)
+    path = checkpoint.commit(state, tmp_path)
+    reference = load_file(path / "reference.safetensors")
+    with_it = load_file(path / "model.safetensors") | {f"reference/{name}": x for name, x in reference.items()}
+    save_file(with_it, path / "model.safetensors")
+    (path / "reference.safetensors").unlink()
+    made = {key: value for key, value in manifest(path).items() if key != "own"}
+    model = hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest()
+    made["sha256"] = {name: sha for name, sha in made["sha256"].items() if name != "reference.safetensors"}
+    made["sha256"]["model.safetensors"] = model
+    (path / "MANIFEST.json").write_bytes(checkpoint.summed(made))
+    assert checkpoint.intact(path)
+    assert cases.everything(checkpoint.read(path, fed)[0]) == cases.everything(state)
+    assert checkpoint.differences(state, path) == []
+
+
 def test_a_state_is_compared_with_a_checkpoint_to_the_bit(tmp_path: Path) -> None:
     first, second = cases.states(cases.federation(Scaffold(), "small"), 2)
     path = checkpoint.commit(first, tmp_path)
@@ -512,6 +530,56 @@ def test_what_was_damaged_is_written_again_and_not_linked(tmp_path: Path) -> Non
                 blob[-1] ^= 1
                 file.write_bytes(blob)
     assert cases.everything(checkpoint.read(newest, one_a_round())[0]) == cases.everything(state)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("back", range(1, 8))
+def test_a_run_that_goes_back_links_nothing_that_it_cannot_read(seed: int, back: int, tmp_path: Path) -> None:
+    """A file of later rounds has rows of clients that the earlier state does not know."""
+    fed = cases.federation(Scaffold(), "small", cohort=1, seed=seed)
+    after = cases.states(fed, 8)
+    for state in after:
+        checkpoint.commit(state, tmp_path)
+    again, _ = checkpoint.read(checkpoint.commit(after[back - 1], tmp_path), fed)
+    assert cases.everything(again) == cases.everything(after[back - 1])
+    for state in cases.states(fed, 3, again):
+        path = checkpoint.commit(state, tmp_path)
+        assert cases.everything(checkpoint.read(path, fed)[0]) == cases.everything(state)
+    assert back > 5 or cases.everything(state) == cases.everything(after[back + 2])
+
+
+def test_an_old_file_that_cannot_be_read_is_not_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    *before, last = partly(8)
+    for state in before:
+        checkpoint.commit(state, tmp_path)
+    opened = Path.open
+
+    def failing(path: Path, *mode: Any, **named: Any) -> Any:
+        if path.parent.name == "round-000006" and path.suffix == ".safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *mode, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing)
+        path = checkpoint.commit(last, tmp_path)
+    assert [name for name in names(path) if name.startswith("clients")] == ["clients.safetensors"]
+    assert cases.everything(checkpoint.read(path, one_a_round())[0]) == cases.everything(last)
+
+
+class Nothing(FedAvg):
+    """Remembers a tensor without entries."""
+
+    def init_client(self, params: Any) -> Any:
+        return {"none": torch.empty(0)}
+
+
+def test_a_row_of_tensors_without_entries_is_kept(tmp_path: Path) -> None:
+    fed = cases.federation(Nothing(), "small", cohort=1)
+    for state in cases.states(fed, 5):
+        again, _ = checkpoint.read(checkpoint.commit(state, tmp_path), fed)
+        assert {c: row.method["none"].shape for c, row in again.clients.rows.items()} == dict.fromkeys(
+            state.clients, (0,)
+        )
 
 
 def test_the_reference_of_inertia_is_linked(tmp_path: Path) -> None:

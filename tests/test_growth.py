@@ -10,7 +10,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cases
 from lamina import ClientData, Federation, LocalSGD, Method, Scaffold, State, checkpoint
 from lamina.engine import processes
-from lamina.store import ClientStore, Entry
+from lamina.store import ClientStore, Entry, Stored
 from lamina.store.clients import Kept, Memory, Row
 from lamina.store.entries import Entries
 
@@ -173,6 +173,21 @@ def test_clients_of_a_cohort_that_remember_nothing_are_one_entry() -> None:
     assert len({id(first.clients.entry(c)) for c in first.clients}) == 1
     assert len({id(second.clients.entry(c)) for c in record.cohort}) == 1
     assert len(checkpoint._document(second, None)["clients"]["kinds"]) == 2
+
+
+def test_rows_of_other_methods_are_not_taken_for_each_other() -> None:
+    """Tuples are equal whatever their classes, and methods read a state by its fields."""
+
+    class One(NamedTuple):
+        residual: dict[str, Tensor]
+
+    class Other(NamedTuple):
+        velocity: dict[str, Tensor]
+
+    for state in (One({}), Other({}), One({})):
+        store = ClientStore().updated({c: Stored(Row(state, {}), {}, 0) for c in (0, 1)})
+        assert [type(row.method) for row in store.rows.values()] == [type(state)] * 2
+        assert store.entry(0).place is store.entry(1).place
 
 
 def test_a_checkpoint_gives_back_who_shares_what(tmp_path: Path) -> None:

@@ -296,6 +296,14 @@ def test_a_byte_that_changes_on_the_way_stops_the_rounds(changed: str, error: ty
     assert caught.value.code == "E343"
 
 
+@pytest.mark.parametrize("lost", ["plan", "message"])
+def test_a_frame_of_which_nothing_arrives_stops_the_rounds(lost: str) -> None:
+    fed = build(load("quickstart", SMALL, {}))
+    with pytest.raises(WireError) as caught:
+        next(fed.over(lambda kind, blob: b"" if kind == lost else blob).run(1))
+    assert caught.value.code == "E340"
+
+
 def test_a_line_counts_what_comes_out_of_it() -> None:
     """Two plans of 5 and 3,000,000 bytes and an empty message: 8 bytes of length before each."""
     with Line() as line:

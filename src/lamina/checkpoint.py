@@ -215,7 +215,8 @@ def unlinked(path: Path) -> str | None:
 def differences(state: State, path: Path) -> list[str]:
     """The files at `path`, which is intact, that do not hold this state, to the bit."""
     hashes = (_manifest(path) or {})["sha256"]
-    odd = [name for name, blob in _files(state).items() if _sha256(blob) != hashes.get(name)]
+    files = _files(state, alone=_REFERENCE in hashes)
+    odd = [name for name, blob in files.items() if _sha256(blob) != hashes[name]]
     mine, written = _document(state, None), json.loads((path / "state.json").read_bytes())
     if written.get("rows") is None and not isinstance(state.clients.shelf, Disk):
         theirs = linked.written(*_rows(written, path))
@@ -312,15 +313,18 @@ def _form(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {name: f"{tuple(x.shape)} {x.dtype}" for name, x in tensors.items()}
 
 
-def _files(state: State) -> dict[str, bytes]:
+def _files(state: State, alone: bool = True) -> dict[str, bytes]:
+    """Args: alone: the reference has a file of its own, which it had not in an earlier lamina."""
     model = {f"params/{n}": x for n, x in state.params.items()} | {f"buffers/{n}": x for n, x in state.buffers.items()}
+    if not alone:
+        model |= {f"reference/{n}": x for n, x in state.observed.reference.items()}
     model |= {f"mask/{n}": x for n, x in state.observed.mask.items()}
     if state.change is not None:
         model |= {f"change/{n}": x for n, x in state.change.step.items()}
     model |= {f"past/{i}/{n}": x for i, version in enumerate(state.past) for n, x in version.params.items()}
     server = {f"server/{n}": x for n, x in flatten(state.server).items() if isinstance(x, Tensor)}
     parts = {"model.safetensors": model, "server.safetensors": server}
-    if state.observed.reference:
+    if state.observed.reference and alone:
         parts[_REFERENCE] = dict(state.observed.reference)
     return {name: save(apart(tensors)) for name, tensors in parts.items()}
 

@@ -185,7 +185,7 @@ class _Post:
         if self._carry is not None:
             self._coding[tree] = codec, context
             self._blobs[tree] = codec.encode(content, context)
-            self.sizes[tree] = codec.layout(self._blobs[tree], context)
+            self.sizes[tree] = wire.sized(codec, self._blobs[tree], context)
             self._received[tree] = codec.decode(self._blobs[tree], context)
         else:
             self._received[tree], self.sizes[tree] = codec.transmit(content, context)

@@ -167,7 +167,8 @@ class Broadcast:
     ) -> dict[str, wire.Size]:
         """The same by really sending it, and comparing what arrives with what every client is said to hold."""
         blob = self._packed(lacking, base, accepted, client)
-        arrived = frame.unpack(carry("plan", blob) or blob)
+        carried = carry("plan", blob)
+        arrived = frame.unpack(blob if carried is None else carried)
         if arrived.sections["upload"] != self._upload():  # all else has a checksum
             raise RunError(f"round {self._server.round}: what the plan asks for changed on the wire", code="E343")
         sizes = {}
@@ -177,7 +178,7 @@ class Broadcast:
             truth = self._truth(tree)
             if any(not torch.equal(x, truth[name]) for name, x in decoded.items()):
                 raise RunError(f"round {self._server.round}: the plan's {tree} changed on the wire", code="E343")
-            sizes[tree] = self._coder(tree).layout(arrived.sections[tree], context)
+            sizes[tree] = wire.sized(self._coder(tree), arrived.sections[tree], context)
         return sizes | {"": wire.Size({}, len(blob) - sum(s.total for s in sizes.values()), {})}
 
     def _truth(self, tree: str) -> Params:

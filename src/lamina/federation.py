@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -236,7 +237,7 @@ class Federation:
         """Whether clients train in NHWC memory: the model convolves, and ran so when it was tried."""
         return self._trainer.channels_last
 
-    @property
+    @cached_property
     def frozen(self) -> str:
         """SHA-256 of the parameters that are not trained, which no message has; "" where all are."""
         frozen = self._trainer.frozen

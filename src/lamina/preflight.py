@@ -96,11 +96,23 @@ def _extremes(data: ClientData, local: LocalSGD) -> tuple[Pair, Pair]:
         x, y = (_first(part, local.batch_size or _TRIAL) for part in data.test)
         return (x, y), (x, y)
     sizes = data.offsets.diff()
+    usual = data.indices_of(int(sizes.argmax()))[: min(local.batch_size or int(sizes.max()), _TRIAL)]
+    client, last = _smallest(data, local)
+    return data.examples(usual), data.examples(data.indices_of(client)[: min(last, _TRIAL)])
+
+
+def smallest(data: ClientData, local: LocalSGD) -> int:
+    """Examples of the smallest batch that some client here will train on; 0 where none is here."""
+    return _smallest(data, local)[1] if len(data.indices) else 0
+
+
+def _smallest(data: ClientData, local: LocalSGD) -> tuple[int, int]:
+    """Whose it is, and how many."""
+    sizes = data.offsets.diff()
     batch = local.batch_size or int(sizes.max())
     last = torch.where(sizes < batch, sizes, torch.where(sizes % batch == 0, batch, sizes % batch))
-    usual = data.indices_of(int(sizes.argmax()))[: min(batch, _TRIAL)]
     client = int(last.where(sizes > 0, batch + 1).argmin())
-    return data.examples(usual), data.examples(data.indices_of(client)[: min(int(last[client]), _TRIAL)])
+    return client, int(last[client])
 
 
 def _first(part: Batch, n: int) -> Batch:

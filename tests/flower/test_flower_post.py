@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from flwr.clientapp import ClientApp
 from grid import FakeGrid, Node
 
 import lamina
-from lamina import ConfigError, RunError, StorageError, WireError, config, preflight, runs
+from lamina import ConfigError, RunError, StorageError, WireError, config, engine, preflight, runs
 from lamina.flower import client, client_app, mod, post, project
 from lamina.flower import server as serving
 from lamina.flower.records import STYPE, framing, packed, unpacked
-from lamina.flower.settings import RunKeys
-from lamina.remote import Roll
+from lamina.flower.settings import NodeKeys, RunKeys
+from lamina.remote import Roll, bundled
 from lamina.runs import Run
 from lamina.wire import frame
 
@@ -133,17 +134,34 @@ def test_a_node_has_no_more_processes_than_clients_to_train_and_cores_to_do_it_o
     assert few(1, "engine=processes", "workers=4") == ("loop", 1)
     assert few(3, "engine=processes", "workers=4") == ("processes", 3)
     assert few(1, "engine=auto", "workers=4") == ("auto", 1)
-    assert few(1, "engine=stacked", "workers=4") == ("stacked", 4)
+    assert few(1, "engine=stacked", "workers=4") == ("stacked", 1)
     assert few(3, "engine=processes", "workers=4", cores=2) == ("processes", 2)
     assert few(3, "engine=processes", "workers=4", cores=1) == ("loop", 1)
     assert few(3, "engine=auto", cores=1) == ("auto", 1)
 
 
-@pytest.mark.parametrize("damage", ["", "[]", '{"channels_last": 1, "settings": ""}', "{"])
+@pytest.mark.parametrize("cores", [1, 2])
+def test_an_engine_has_no_more_cores_than_its_node(cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few clients it has: one alone would be given all cores."""
+    path, seen = app(tmp_path, "engine=auto"), []
+
+    def noting(*given: Any, **named: Any) -> Any:
+        seen.append(engine.cores())
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(client, "Node", noting)
+    names = config.data_of(config.load(path, env={})).names
+    about = {"experiment": "e", "clients": len(names), "numbers": [0], "names": [names[0]]}
+    with pytest.raises(RuntimeError, match="far enough"):
+        client._answered(path, NodeKeys("", tmp_path, (), None, cores), b"", about)
+    assert seen == [min(cores, engine.cores())]
+
+
+@pytest.mark.parametrize("damage", ["", "[]", '{"channels_last": 1, "smallest": 1, "settings": ""}', "{"])
 def test_a_model_is_tried_by_the_first_message_of_an_experiment_alone(
     damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And again where the note of it cannot be read, or the settings are others."""
+    """And again where the note of it cannot be read, the settings are others, or a batch is smaller."""
     tries: list[bool] = []
     fails = preflight._fails
 
@@ -152,23 +170,42 @@ def test_a_model_is_tried_by_the_first_message_of_an_experiment_alone(
         return fails(*given, **named)
 
     loaded = config.load(app(tmp_path), env={})
-    note = tmp_path / "node" / "tried.json"
+    note = tmp_path / "tried.json"
+    plain = config.build(loaded)
+    sizes = plain.data.sizes.tolist()
 
-    def tried(with_: config.Config) -> int:
+    def tried(with_: config.Config, *clients: int) -> int:
         before = len(tries)
-        made = client._built(with_, config.data_of(with_), note)
+        data = config.data_of(with_)
+        here = data.subset(clients or range(len(data)))
+        alone = replace(here, test=None, client_tests=None, check=False).among(data.names)
+        made, now = client._built(with_, alone, note)
+        note.write_text(json.dumps(now._asdict()))
         assert made.channels_last == plain.channels_last
         return len(tries) - before
 
-    plain = config.build(loaded)
     monkeypatch.setattr(preflight, "_fails", counted)
-    once = tried(loaded)
-    assert once > 0
-    assert [tried(loaded), tried(loaded)] == [0, 0]
-    other = loaded.model_copy(update={"weights": "uniform"})
-    assert [tried(other), tried(other)] == [once, 0]
+    last = [size % loaded.local.batch_size for size in sizes]
+    least, other = last.index(min(last)), last.index(max(last))
+    assert tried(loaded, other) > 0
+    assert tried(loaded, least) > 0
+    assert [tried(loaded), tried(loaded, other), tried(loaded, least)] == [0, 0, 0]
+    uniform = loaded.model_copy(update={"weights": "uniform"})
+    assert tried(uniform) > 0
+    assert tried(uniform) == 0
     note.write_text(damage)
-    assert [tried(other), tried(other)] == [once, 0]
+    assert tried(uniform) > 0
+    assert tried(uniform) == 0
+
+
+def test_bytes_that_are_no_letter_leave_nothing_on_a_nodes_disk(tmp_path: Path) -> None:
+    path = app(tmp_path)
+    names = config.data_of(config.load(path, env={})).names
+    about = {"experiment": "other", "clients": len(names), "numbers": [0], "names": [names[0]]}
+    with pytest.raises(WireError):
+        client._answered(path, NodeKeys("", tmp_path / "state", ()), b"garbage", about)
+    client._answered(path, NodeKeys("", tmp_path / "state", ()), bundled([(0, b"garbage")]), about)
+    assert not (tmp_path / "state").exists()
 
 
 def test_a_letter_that_is_too_long_is_refused_by_its_length(tmp_path: Path) -> None:

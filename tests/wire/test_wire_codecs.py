@@ -22,6 +22,7 @@ from lamina.wire import (
     encode,
     parse,
     schema_of,
+    sized,
     transmit,
 )
 from lamina.wire.index import draw
@@ -306,6 +307,17 @@ def test_a_blob_says_what_transmit_says_whatever_its_format():
     context = Context(schema_of(tree))
     for codec in (Doubled(), Dense(), TopK(0.5), Dense("lossless")):
         assert codec.layout(codec.encode(tree, context), context) == codec.transmit(tree, context)[1]
+
+
+def test_a_codec_that_is_derived_from_nothing_has_sizes_too():
+    class Plain:
+        lossless = True
+        encode, decode = Doubled.encode, Doubled.decode
+
+    tree = {"x": torch.ones(3), "y": torch.ones(1)}
+    context = Context(schema_of(tree))
+    for codec, of in ((Plain(), Doubled()), (Dense("int8"), Dense("int8"))):
+        assert sized(codec, of.encode(tree, context), context) == of.transmit(tree, context)[1]
 
 
 def test_rows_are_own_bytes_and_shares_by_entries():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
@@ -27,9 +30,23 @@ def bits(name: str) -> str:
     return "one thread" if name in ("loop", "processes") else name
 
 
+_share: ContextVar[int | None] = ContextVar("share", default=None)
+
+
+@contextlib.contextmanager
+def sharing(share: int | None) -> Iterator[None]:
+    """Inside, there are so many cores at most; None: all."""
+    before = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(before)
+
+
 def cores() -> int:
     """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, _share.get() or there)
 
 
 def choose(

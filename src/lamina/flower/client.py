@@ -20,7 +20,7 @@ from flwr.clientapp import ClientApp
 from lamina import preflight
 from lamina.config import Config, build, data_of
 from lamina.data import ClientData
-from lamina.engine import cores
+from lamina.engine import cores, sharing
 from lamina.errors import ConfigError, RunError, WireError
 from lamina.federation import Federation
 from lamina.flower.records import packed, unpacked
@@ -110,42 +110,50 @@ def _answered(path: Path, keys: NodeKeys, blob: bytes, about: dict[str, Any]) ->
         raise ConfigError(f"client {lacking[:1]} is not here any more", code="E118", where="node")
     asked = data.subset([own[name] for name in numbers])
     alone = dataclasses.replace(asked, test=None, client_tests=None, check=False).among(names)
-    fed = _built(_at_most(config, len(asked), keys.cores), alone, place_of(keys.state_dir, experiment) / "tried.json")
-    shelf = DiskShelf(fed, keys.state_dir, experiment)
+    place = place_of(keys.state_dir, experiment)
     signs = keys_of(config)
     signing = None if signs is None else AtNode(signs, experiment)
-    vault = None if fed.secure is None else FileVault(keys.secret_dir, experiment)
-    with Node(fed, shelf, back=back(config), signing=signing, vault=vault) as node:
-        return bundled(node.answer(unbundled(blob, (node.longest + _PER_PART) * len(asked) + _SLACK)))
+    with sharing(keys.cores):
+        fed, tried = _built(_at_most(config, len(asked), keys.cores), alone, place / _TRIED)
+        shelf = DiskShelf(fed, keys.state_dir, experiment)
+        vault = None if fed.secure is None else FileVault(keys.secret_dir, experiment)
+        with Node(fed, shelf, back=back(config), signing=signing, vault=vault) as node:
+            answers = bundled(node.answer(unbundled(blob, (node.longest + _PER_PART) * len(asked) + _SLACK)))
+    if place.exists():  # only what came from the server makes a folder
+        with contextlib.suppress(OSError):  # then the next message tries it again
+            replace(place / _TRIED, json.dumps(tried._asdict()).encode())
+    return answers
 
 
-def _built(config: Config, data: ClientData, tried: Path) -> Federation:
-    """Whether the model runs on the data is tried by an experiment's first message here, and noted in this file."""
-    known = _noted(tried)
-    with preflight.tried(known and known.channels_last):
-        fed = build(config, data=data)
-    settings = stamp(terms_of(fed))
-    if known is not None and known.settings == settings:
-        return fed
-    if known is not None:  # of other settings
-        fed = build(config, data=data)
-    with contextlib.suppress(OSError):  # then the next message tries it again
-        tried.parent.mkdir(parents=True, exist_ok=True)
-        replace(tried, json.dumps(_Tried(fed.channels_last, settings)._asdict()).encode())
-    return fed
+_TRIED = "tried.json"
 
 
 class _Tried(NamedTuple):
-    """How the model ran, and with which settings."""
+    """How the model ran on the smallest batch so far, and with which settings."""
 
     channels_last: bool
+    smallest: int  # examples
     settings: str
+
+
+def _built(config: Config, data: ClientData, note: Path) -> tuple[Federation, _Tried]:
+    """The federation, and what to note of it. Its model is tried on the data unless it was, as the note says."""
+    known = _noted(note)
+    with preflight.tried(known and known.channels_last):
+        fed = build(config, data=data)
+    now = _Tried(fed.channels_last, preflight.smallest(fed.data, fed.local), stamp(terms_of(fed)))
+    if known is None:
+        return fed, now
+    if known.settings == now.settings and known.smallest <= now.smallest:
+        return fed, known
+    fed = build(config, data=data)
+    return fed, now._replace(channels_last=fed.channels_last)
 
 
 def _noted(path: Path) -> _Tried | None:
     try:
         known = _Tried(**json.loads(path.read_text()))
-        return known if isinstance(known.channels_last, bool) else None
+        return known if list(map(type, known)) == [bool, int, str] else None
     except (OSError, ValueError, TypeError):
         return None
 
@@ -153,7 +161,7 @@ def _noted(path: Path) -> _Tried | None:
 def _at_most(config: Config, clients: int, most: int | None = None) -> Config:
     """With no more processes than it has clients to train, and than it may have: one needs none, and its clients get
     the same bits without."""
-    if config.engine not in ("auto", "processes"):
+    if config.engine not in ("auto", "processes", "stacked"):
         return config
     few = config.model_copy(update={"workers": min(config.workers or cores(), clients, most or clients)})
     return few.model_copy(update={"engine": "loop"}) if few.engine == "processes" and few.workers == 1 else few

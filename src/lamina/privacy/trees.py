@@ -206,7 +206,7 @@ class Trees:
                 name = min(tensors.keys() ^ form.like.keys())
                 raise WireError(f"{tree}/{name} is absent or was not asked for", code="E345")
             elements[tree] = form.flat(tensors)
-            sizes[tree] = form.codec.layout(sections[tree], form.context)
+            sizes[tree] = wire.sized(form.codec, sections[tree], form.context)
         return elements, sizes
 
     def mean(self, sums: Vectors, weights: Sequence[float], steps: Sequence[float]) -> Mean:

@@ -94,7 +94,7 @@ def read(setup: Setup, plan: Plan, expected: Expected, answer: Answer) -> Reply:
         if tree == "update":
             codec, context = setup.uplink, uplink_context(setup, plan, answer.client)
         received[tree] = codec.decode(blob, context)
-        sizes[tree] = codec.layout(blob, context)
+        sizes[tree] = wire.sized(codec, blob, context)
         unasked = sorted(received[tree].keys() - (plan.upload if tree == "update" else schema.keys()))
         absent = sorted(schema.keys() - received[tree].keys()) if tree != "update" else []
         if unasked or absent:

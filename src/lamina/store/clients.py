@@ -26,7 +26,13 @@ class Stored(NamedTuple):
 
 
 class Shelf(Protocol):
-    """Holds rows. A place that it gave out stays good for as long as somebody has it."""
+    """Holds rows. A place that it gave out stays good for as long as somebody has it.
+
+    Attributes:
+        shares: rows that are alike may have one place.
+    """
+
+    shares: bool
 
     def put(self, client: int, accepted: int, row: Row) -> Any: ...
 
@@ -57,33 +63,31 @@ class Shelf(Protocol):
 
 
 class Kept:
-    """A row in memory. Rows without tensors that are alike are one; of any other, checkpoints note where they have it.
+    """A row in memory.
 
-    Args:
+    Attributes:
         files: the last two files of checkpoints that it was written to: round and SHA-256.
+        bare: there is no tensor in it, so it is in no file.
+        size: bytes.
     """
 
-    __slots__ = ("files", "row", "size")
+    __slots__ = ("bare", "files", "row", "size")
 
     def __init__(self, row: Row, files: tuple[tuple[int, str], ...] = ()):
+        tensors = flatten(row).values()
         self.row = row
         self.files = files
-        self.size: int = sum(x.nbytes for x in flatten(row).values())  # bytes
+        self.bare = not tensors
+        self.size: int = sum(x.nbytes for x in tensors)
 
 
 class Memory:
     """Where rows are objects."""
 
-    def __init__(self) -> None:
-        self._bare: Kept | None = None  # the last row without tensors
+    shares = True
 
     def put(self, client: int, accepted: int, row: Row) -> Kept:
-        kept = Kept(row)
-        if kept.size:
-            return kept
-        if self._bare is None or self._bare.row != row:
-            self._bare = kept
-        return self._bare
+        return Kept(row)
 
     def get(self, client: int, place: Kept) -> Row:
         return place.row
@@ -193,11 +197,20 @@ class Writer:
     def __init__(self, store: ClientStore):
         self._store = store
         self._changed: dict[int, Entry] = {}
+        self._bare: tuple[Row, Any] | None = None  # the last row without tensors, and its place
         self._last = NOTHING
 
     def put(self, client: int, stored: Stored) -> None:
         row, held, accepted = stored
-        self._note(client, None if row is None else self._store.shelf.put(client, accepted, row), held, accepted)
+        self._note(client, None if row is None else self._placed(client, accepted, row), held, accepted)
+
+    def _placed(self, client: int, accepted: int, row: Row) -> Any:
+        shelf = self._store.shelf
+        if not shelf.shares or flatten(row):
+            return shelf.put(client, accepted, row)
+        if self._bare is None or self._bare[0] != row:  # of one method, so equal ones are of the same classes
+            self._bare = row, shelf.put(client, accepted, row)
+        return self._bare[1]
 
     def tell(self, client: int, held: Held) -> None:
         """It was sent these, and its row stays as it was."""

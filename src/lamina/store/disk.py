@@ -61,6 +61,8 @@ class Disk:
             written before a run begins.
     """
 
+    shares = False  # a row says whose it is
+
     def __init__(self, path: Path, mine: Mapping[str, Any], like: Row, names: tuple[str, ...]):
         self.path = path
         self._mine = mine

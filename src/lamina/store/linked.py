@@ -80,14 +80,14 @@ def planned(store: ClientStore, round: int, there: Mapping[File, Path], last: It
         last: those of the last checkpoint.
     """
     taken = {number for number, _ in last} | {round}
-    rows = {c: kept for c, entry in store.entries() if (kept := entry.place) is not None and kept.size}
+    rows = {c: kept for c, entry in store.entries() if (kept := entry.place) is not None and not kept.bare}
     found = {c: next((f for f in kept.files if f in there and f[0] not in taken), None) for c, kept in rows.items()}
     needed = Counter[File]()
     for c, file in found.items():
         if file is not None:
             needed[file] += rows[c].size
     most = needed.most_common(_FILES)
-    worth = [file for file, size in most if 4 * size >= _payload(there[file]) and intact(there[file], file[1])]
+    worth = [file for file, size in most if _worth(there[file], size) and intact(there[file], file[1])]
     worth = [*{file[0]: file for file in reversed(worth)}.values()]  # of a round that was made twice, one
     positions = {file: i for i, file in enumerate(worth, 1)}
     position = {c: 0 if file is None else positions.get(file, 0) for c, file in found.items()}
@@ -95,18 +95,25 @@ def planned(store: ClientStore, round: int, there: Mapping[File, Path], last: It
 
 
 def intact(path: Path, sha256: str) -> bool:
-    """Whether the file has this SHA-256. It is read piece by piece."""
+    """Whether the file can be read, and has this SHA-256."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
+    try:
+        with path.open("rb") as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+    except OSError:
+        return False
     return digest.hexdigest() == sha256
 
 
-def _payload(path: Path) -> int:
-    """Bytes of tensors in a safetensors file: what comes after its head, which begins with its own length."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+def _worth(path: Path, needed: int) -> bool:
+    """Whether a quarter or more of a safetensors file is needed. Its head, which begins with its own length, does not
+    count."""
+    try:
+        with path.open("rb") as file:
+            return 4 * needed >= path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+    except OSError:
+        return False
 
 
 def files(round: int, hashes: Mapping[str, str]) -> dict[File, str]:
@@ -136,7 +143,7 @@ def written(
     for position, file in enumerate(files):
         for key, x in load(file).items():
             client, _, name = key.partition("/")
-            if listed[int(client)][-1] == position:
+            if int(client) in listed and listed[int(client)][-1] == position:
                 found.setdefault(int(client), {})[name] = x
     return found
 

@@ -24,6 +24,7 @@ from lamina.wire.codec import (
     layout,
     read,
     schema_of,
+    sized,
     transmit,
 )
 from lamina.wire.dense import Dense, Mask
@@ -49,6 +50,7 @@ __all__ = [
     "parse",
     "read",
     "schema_of",
+    "sized",
     "transmit",
 ]
 

@@ -52,6 +52,7 @@ __all__ = [
     "layout",
     "read",
     "schema_of",
+    "sized",
     "transmit",
 ]
 
@@ -635,6 +636,11 @@ def transmit(
 ) -> tuple[Params, Size]:
     """What the receiver of `encode(tree, codec, ...)` will hold, and how many bytes travel."""
     return codec.transmit(tree, _context(tree, mask, reference, key, scalars, context))
+
+
+def sized(codec: Codec, blob: bytes, context: Context) -> Size:
+    """`codec.layout`; that of `Codec` for one that has the other methods without deriving from it."""
+    return codec.layout(blob, context) if hasattr(codec, "layout") else Codec.layout(codec, blob, context)
 
 
 def layout(blob: bytes, context: Context) -> Size:
