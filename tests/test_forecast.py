@@ -234,7 +234,7 @@ def test_a_dry_run_says_what_a_run_will_cost_and_writes_nothing(root: Path, tmp_
     store = tmp_path / "store"
     result = CliRunner().invoke(cli.app, ["run", *QUICK, f"store=disk:{store}", "--dry-run"])
     assert result.exit_code == 0, result.output
-    words = ("3 real rounds with 2 of 10 clients: ok", "B exactly", "about 0:", "nothing was written")
+    words = ("3 real rounds with 2 of 10 clients: ok", "B exactly", "B at most", "about 0:", "nothing was written")
     assert all(word in result.stdout for word in words)
     assert not root.exists()
     assert not store.exists()

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from lamina import ClientData, ConfigError, FedAvg, LocalSGD, cli
 from lamina.advice import CODES, GUIDELINES
 from lamina.explain import codes
-from lamina.inspect import Inspection, data_checks, inspection
+from lamina.inspect import Inspection, data_checks, inspection, view
 from lamina.inspect.budget import budget
 from lamina.inspect.checks import Finding, of_embeddings, repeatable
 from lamina.inspect.data_checks import of_data
@@ -303,6 +303,17 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def inspect(*arguments: str, columns: int | None = None) -> Result:
     env = {} if columns is None else {"COLUMNS": str(columns)}
     return CliRunner().invoke(cli.app, ["inspect", *arguments], env=env)
+
+
+@pytest.mark.parametrize(("asked", "said"), [
+    ({}, "for example 200 rounds x 7 clients (of an experiment: `lamina inspect exp.toml`), FedAvg fp32: up"),
+    ({"rounds": 20, "cohort": 3}, "20 rounds x 3 clients, FedAvg fp32: up"),
+])  # fmt: skip
+def test_a_cost_without_an_experiment_is_an_example_for_the_clients_there_are(asked: dict[str, int], said: str) -> None:
+    x, y = torch.randn(7, 2, 4), torch.zeros(7, 2, dtype=torch.int64)
+    data = ClientData.from_clients({str(c): (x[c], y[c]) for c in range(7)})
+    made = budget(nn.Linear(4, 2), data, local=LocalSGD(), methods={"fedavg": FedAvg()}, codecs=("fp32",), **asked)
+    assert said in " ".join(" ".join(view._budgeted(made, None)).split())
 
 
 def test_a_model_of_ones_own_is_inspected_by_file_and_name(mine: Path) -> None:

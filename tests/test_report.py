@@ -19,10 +19,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 import browser
-from lamina import ClientData, ConfigError, Federation, FedLAMA, LocalSGD, StorageError, report
+from lamina import ClientData, ConfigError, Federation, FedLAMA, LocalSGD, StorageError, config, report
 from lamina.cli import app
 from lamina.folder import Row, document
-from lamina.report import layers, overview, papers, sparsity, watching
+from lamina.report import clients, layers, overview, papers, sparsity, watching
 from lamina.report.figure import Figure, Note, Table, evenly, heat, number, plain
 from lamina.report.render import pages_of
 from lamina.report.tables import Tables, bins, lasts, means, read
@@ -320,6 +320,47 @@ def test_divergence_says_where_it_grows_and_what_acts_on_it(
     assert figure.frames[0]["x"] == list(values)
 
 
+def test_control_variates_are_named_with_what_they_need_in_this_run(tmp_path: Path) -> None:
+    """With momentum `method=scaffold` alone is refused."""
+    run = written(tmp_path / "run", divergence=2.0)
+    tables = read(run)
+    assert tables.control_variates == "`method=scaffold`"
+    tables.environment["config"] = {"local.momentum": 0.9}
+    assert tables.control_variates == "`method=scaffold method.approximate=true`"
+    config.build(config.load("quickstart", ["method=scaffold", "method.approximate=true"], env={}))
+    with pytest.raises(ConfigError, match="E117"):
+        config.build(config.load("quickstart", ["method=scaffold"], env={}))
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [
+        ([[50, 50], [50, 50]], "spread alike"),
+        ([[48, 52], [52, 48]], "spread alike"),
+        ([[640, 240, 120], [500, 200, 300]], "Labels differ somewhat: on average 7 %"),
+        ([[95, 5], [5, 95]], "Labels are skewed: on average 95 %"),
+    ],
+)
+def test_how_labels_are_spread_is_said_beyond_chance(counts: list[list[int]], said: str, tmp_path: Path) -> None:
+    """Of 1,000 examples each, 12 and 30 % of the third label: pooled shares 57, 22 and 21 %, so 9 % of the examples
+    would have to change; by chance it would be 2 %."""
+    tables = read(written(tmp_path / "run", 2))
+    assert said in " ".join(clients._skew(np.array(counts), [sum(row) for row in counts], tables))
+
+
+def test_steps_that_shrink_name_the_layers_whose_do_not(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", 16, update_norm=lambda i, t: 1.0 if i == 2 else 0.5**t)
+    said = " ".join(block(run, layers.page, "Length of the common step").concludes)
+    assert "in the median layer; not so in c" in said
+
+
+def test_a_mask_that_never_changes_is_a_sentence(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", mask_churn=0.0)
+    note = block(run, sparsity.page, "How much the mask changes")
+    assert isinstance(note, Note)
+    assert note.text.startswith("It never did: the mask was the same in all 12 rounds.")
+
+
 def test_accuracy_that_goes_to_and_fro_gives_no_trend_and_a_steady_rise_does(tmp_path: Path) -> None:
     run = written(tmp_path / "run", 16)
     rising = [row._replace(accuracy=0.5 + 0.02 * row.round) for row in run.records]
@@ -327,6 +368,11 @@ def test_accuracy_that_goes_to_and_fro_gives_no_trend_and_a_steady_rise_does(tmp
     said = " ".join(block(run, overview.page, "Accuracy by round").concludes)
     assert "still rising: the rounds from 12 on added 8.0 points" in said
     assert "to and fro" not in said
+    wavering = [row._replace(accuracy=0.5 + 0.001 * row.round + 0.012 * (row.round % 2)) for row in rising]
+    run.records[:] = wavering  # 1.2 points up and down, 0.4 gained by the last quarter
+    said = " ".join(block(run, overview.page, "Accuracy by round").concludes)
+    assert "still rising" not in said
+    assert "to and fro by 0.9 points" in said
     run.records[:] = [row._replace(accuracy=0.5 + 0.1 * (row.round % 2)) for row in rising]
     said = " ".join(block(run, overview.page, "Accuracy by round").concludes)
     assert "nor can be told whether it still rises" in said

@@ -44,6 +44,7 @@ class Budget(NamedTuple):
     seconds_per_step: float
     rounds: int
     cohort: int
+    chosen: bool = True  # those two are an experiment's; else they stand for one
 
 
 def methods_for(model: nn.Module) -> dict[str, Method[Any, Any]]:
@@ -66,19 +67,22 @@ def budget(
     loss: Literal["cross_entropy"] | Loss = "cross_entropy",
     buffers: Literal["average", "keep", "skip"] = "average",
     seed: int = 0,
-    rounds: int = 200,
-    cohort: int = 10,
+    rounds: int | None = None,
+    cohort: int | None = None,
     methods: Mapping[str, Method[Any, Any]] | None = None,
     codecs: Sequence[str] = CODECS,
 ) -> Budget:
     """The table. Two clients are really trained, once.
 
     Args:
-        rounds, cohort: of the run that it is for.
+        rounds, cohort: of the run that it is for; None: 200, and ten clients if there are so many.
 
     Raises:
         ConfigError: E121 for a model that fails on a batch of the data.
     """
+
+    chosen = rounds is not None and cohort is not None
+    rounds, cohort = rounds or 200, min(cohort or 10, len(data))
 
     def federation(method: Method[Any, Any], codec: str) -> Federation:
         return Federation(
@@ -107,7 +111,7 @@ def budget(
                 cells += [_cell(federation(method, codec), name, codec, trainer, samples, rounds) for codec in codecs]
             except ConfigError as error:
                 left_out[name] = error.message
-    return Budget(tuple(cells), left_out, samples[-1].seconds, rounds, cohort)
+    return Budget(tuple(cells), left_out, samples[-1].seconds, rounds, cohort, chosen)
 
 
 def _first(fed: Federation) -> Plan:

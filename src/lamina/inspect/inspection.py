@@ -58,8 +58,8 @@ def inspection(
     loss: Literal["cross_entropy"] | Loss = "cross_entropy",
     buffers: Buffers = "average",
     seed: int = 0,
-    rounds: int = 200,
-    cohort: int = 10,
+    rounds: int | None = None,
+    cohort: int | None = None,
     forecast: bool | None = None,
 ) -> Inspection:
     """What there is to know of a model before it is trained. The model is left as it is.
@@ -70,7 +70,7 @@ def inspection(
         made_up: examples without meaning, to train on where there is no data.
         title: of the model.
         local, loss, buffers, seed: as in `lamina.Federation`.
-        rounds, cohort: of the run that bytes are forecast for.
+        rounds, cohort: of the run that bytes are forecast for; None: 200, and ten clients if there are so many.
         forecast: whether to; None: unless the model is large.
 
     Raises:
@@ -171,7 +171,7 @@ def of_target(target: Any, forecast: bool | None = None) -> Inspection:
         loss=configs.loss_of(config),
         buffers=cast("Buffers", config.buffers),
         seed=config.seed,
-        rounds=config.rounds if target.given else 200,
-        cohort=config.cohort if config.cohort != "all" else len(target.data) if target.given else 10,
+        rounds=config.rounds if target.given else None,
+        cohort=None if not target.given else len(target.data) if config.cohort == "all" else config.cohort,
         forecast=forecast,
     )

@@ -141,7 +141,9 @@ def _budgeted(made: Budget, width: int | None) -> list[str]:
     if plain is not None:
         n = made.rounds * made.cohort
         cost = f"up {size(round(n * plain.up))}, down {size(round(n * plain.down))}"
-        pairs.insert(0, ("cost", f"{made.rounds} rounds x {made.cohort} clients, FedAvg fp32: {cost}"))
+        whose = f"{made.rounds} rounds x {made.cohort} clients"
+        whose = whose if made.chosen else f"for example {whose} (of an experiment: `lamina inspect exp.toml`)"
+        pairs.insert(0, ("cost", f"{whose}, FedAvg fp32: {cost}"))
     return [*said, "", *fields(pairs, width)]
 
 
@@ -162,21 +164,21 @@ def dry_run(made: Forecast, clients: int, width: int | None) -> list[str]:
     if made.counted < made.rounds:
         pairs.append(("counted", f"{made.counted} of {made.rounds} rounds; the others are taken to be like the last"))
     fedavg = f"up {size(made.fedavg_up)} · down {size(made.fedavg_down)}"
-    pairs.append(("FedAvg", f"{fedavg} with fp32, exact"))
+    pairs.append(("FedAvg", f"{fedavg} with fp32, every tensor in every round"))
     return [*fields(pairs, width), "  nothing was written"]
 
 
 def _forecast(made: Forecast) -> Iterator[str]:
     yield f"up {ranged(made.up)}"
-    yield f"down {ranged(made.down)}"
+    yield f"down {ranged(made.down, 'at most')}"  # a tensor that a round did not change is not sent again
     yield f"about {clock(made.seconds)} ({_short(made.seconds / made.rounds)} a round)"
     if made.memory is not None:
         yield f"peak memory {size(made.memory)}"
 
 
-def ranged(span: Range) -> str:
-    """ "78.4-88.1 MB", or every digit where the number is exact."""
+def ranged(span: Range, known: str = "exactly") -> str:
+    """ "78.4-88.1 MB", or every digit where the number is known, and how well it is."""
     if span.exact:
-        return f"{span.low:,} B exactly"
+        return f"{span.low:,} B {known}"
     low, high = sizes([span.low, span.high])
     return f"{low.split()[0]}-{high}"

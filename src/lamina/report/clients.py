@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lamina.report.figure import (
     DOWN,
@@ -30,6 +31,7 @@ from lamina.report.figure import (
 from lamina.report.tables import Client, Tables
 from lamina.terminal import size
 
+_ALIKE = 0.03  # share of a client's labels that is not worth a word
 _SHOWN = 60  # clients, and labels, in one figure
 _KEPT = "Whose answers came is in clients.jsonl, which this run did not keep: `run.keep_clients_log=true`."
 
@@ -138,8 +140,13 @@ def _skew(counts: Any, examples: Sequence[int], tables: Tables) -> list[str]:
         said.append(
             f"{join(sorted(acting))} is there to act on it."
             if acting
-            else "What acts on that: `method=scaffold` or `method=feddyn` (drift), `method=fedprox` (a pull to the "
-            "global model), `method=personal` (layers of their own)."
+            else f"What acts on that: {tables.control_variates} or `method=feddyn` (drift), `method=fedprox` (a pull "
+            "to the global model), `method=personal` (layers of their own)."
+        )
+    elif (apart := _apart(counts)) > _ALIKE:
+        said.append(
+            f"Labels differ somewhat: on average {100 * apart:.0f} % of a client's examples, beyond what chance makes, "
+            "would need another label to have them in the shares of all clients together."
         )
     else:
         said.append(
@@ -150,6 +157,16 @@ def _skew(counts: Any, examples: Sequence[int], tables: Tables) -> list[str]:
     if single:
         said.append(f"{single} clients hold a single label.")
     return said
+
+
+def _apart(counts: NDArray[np.int64]) -> float:
+    """Distance (total variation) of a client's shares of the labels from those of all, less what it would be by chance
+    with so many examples; the mean over clients."""
+    pooled = counts.sum(0) / counts.sum()
+    n = np.maximum(1, counts.sum(1, keepdims=True))
+    found = np.abs(counts / n - pooled).sum(1) / 2
+    chance = np.sqrt(2 * pooled * (1 - pooled) / (np.pi * n)).sum(1) / 2  # mean of a normal's absolute value
+    return float((found - chance).mean())
 
 
 # ---- who took part

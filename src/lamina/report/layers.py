@@ -260,7 +260,7 @@ def _diverging(tables: Tables, names: Sequence[str], values: NDArray[np.float64]
         said.append(f"{half}, all layers diverged alike: from {values[low]:.2f} to {values[top]:.2f}.")
     above = [names[j] for j in known if values[j] > 1]
     if above and len(above) == len(known):
-        fix = "" if "scaffold" in tables.methods else "control variates (`method=scaffold`), "
+        fix = "" if "scaffold" in tables.methods else f"control variates ({tables.control_variates}), "
         said.append(
             f"In all {len(known)} layers the clients disagreed by more than they moved together. What acts on it: {fix}"
             "fewer local steps, or more clients a round."
@@ -357,9 +357,11 @@ def _steps(names: Sequence[str], grid: Grid) -> list[str]:
             "that."
         ]
     if middle < _CLEARLY:
+        still = [names[j] for j, ratio in ratios.items() if ratio > _CLEARLY]
+        not_so = f"; not so in {join([short(name) for name in still[:3]])}" if still else ""
         return [
             f"Steps shrink, as they do where training settles: {last} they are {middle:.2g} times as long as in "
-            "the first."
+            f"the first, in the median layer{not_so}."
         ]
     return [f"Steps are as long {last} as in the first ({middle:.2g} times): the model has not settled."]
 

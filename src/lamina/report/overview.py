@@ -131,7 +131,7 @@ def _trend(tables: Tables, tested: Sequence[tuple[Row, float]]) -> list[str]:
     half = [value for _, value in tested[len(tested) // 2 :]]
     steps = [b - a for a, b in pairwise(half)]
     swing = (sum(map(abs, steps)) - abs(sum(steps))) / len(steps)  # to and fro: a steady rise is none
-    unclear = swing > max(0.02, abs(gained))
+    unclear = swing > abs(gained)
     if not unclear and gained > 0.005:
         total = 2 * tables.info["rounds"]
         said.append(
@@ -145,7 +145,7 @@ def _trend(tables: Tables, tested: Sequence[tuple[Row, float]]) -> list[str]:
             f"{gain}. "
             "Fewer rounds would have cost fewer bytes."
         )
-    if swing > 0.02:
+    if swing > 0.02 or unclear:
         cohort, clients = tables.info["cohort"], tables.info["clients"]
         remedy = (
             f"a larger cohort (`cohort={min(clients, 2 * cohort)}`)" if cohort < clients else "a smaller `local.lr`"

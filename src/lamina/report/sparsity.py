@@ -122,6 +122,8 @@ def _recorded(tables: Tables, most: int, column: str, title: str, shows: str, ot
     grid = tables.column(column)[which]
     if not grid.size or np.isnan(grid).all():
         return Note(title, otherwise)
+    if column == "mask_churn" and not np.nansum(grid):
+        return Note(title, f"It never did: the mask was the same in all {tables.rounds} rounds. {otherwise}")
     names = names_of(tables, which)
     groups = bins(tables.rounds, min(120, most))
     binned = means(grid, groups)

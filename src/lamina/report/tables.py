@@ -115,6 +115,12 @@ class Tables:
         return self.environment.get("config", {}).get(key)
 
     @property
+    def control_variates(self) -> str:
+        """The keys that give this run control variates; they are exact under plain SGD only."""
+        used = any(self.setting(f"local.{key}") for key in ("momentum", "weight_decay", "clip"))
+        return "`method=scaffold" + (" method.approximate=true`" if used else "`")
+
+    @property
     def methods(self) -> list[str]:
         return str(self.info["method"]).split("+")
 
