@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lamina import cli, runs, terminal
+from lamina import cli, machine, runs, terminal
 from lamina.cli import looking
 from lamina.config import build, load
 from lamina.runs import Run
@@ -127,13 +128,13 @@ def test_show_config_prints_and_stops(root: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to a process")
 def test_control_c_leaves_a_run_that_goes_on_and_no_process(root: Path) -> None:
     """The real program with worker processes, interrupted once, then twice, in the middle of a run."""
-    keys = ("rounds=30", "workers=2", "method=fedlama")
+    keys = ("rounds=14", "workers=2", "method=fedlama")
     straight = lamina("run", "quickstart", "engine=loop", *keys, "--quiet").stdout.strip()
     for number, signals in ((2, 1), (3, 2)):
         with program("run", "quickstart", "engine=processes", *keys) as going:
             assert going.stdout is not None
             for line in going.stdout:
-                if line.split()[:1] == ["6"]:
+                if line.split()[:1] == ["4"]:
                     break
             children = _children(going.pid)
             for _ in range(signals):
@@ -169,6 +170,7 @@ def _children(pid: int) -> list[int]:
         (("list", "things"), 2, "expected one of methods"),
         (("list", "models", "--run-dir", "x"), 2, "--run-dir is of `lamina list runs`"),
         (("data", "fetch", "mnis"), 2, "did you mean 'mnist'?"),
+        (("list", "--run-dir", "x"), 2, "--run-dir is of `lamina list runs`"),
         (("run",), 2, "Missing argument"),
         (("fly",), 2, "No such command"),
     ],
@@ -273,6 +275,35 @@ def test_lists_have_a_table_and_objects(what: str) -> None:
     assert rows or what == "runs"
 
 
+def test_list_alone_says_what_can_be_listed_a_line_each() -> None:
+    result = lamina("list")
+    assert result.exit_code == 0, result.output
+    assert [line.split()[0] for line in result.stdout.splitlines()[: len(looking.LISTS)]] == [*looking.LISTS]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    assert [row["name"] for row in objects(lamina("list", "--json"))] == [*looking.LISTS]
+
+
+def test_the_readme_names_every_list_and_installs_extras_from_the_checkout() -> None:
+    said = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    (also,) = re.findall(r"^lamina list methods +# also: (.+)$", said, re.MULTILINE)
+    assert ["methods", *also.split(", ")] == [*looking.LISTS]
+    assert "pip install 'lamina" not in said  # it is on no index yet
+    assert said.index("lamina compare 001 002") < said.index("lamina resume ")  # which gives one of them more rounds
+
+
+@pytest.mark.parametrize("what", ["models", "codecs", "rules", "partitions"])
+def test_what_there_is_fits_the_terminal_with_what_it_is(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrapped, where a table dropped everything but the names; elsewhere no line is of 200 columns."""
+    rows = objects(lamina("list", what, "--json"))
+    assert max(map(len, lamina("list", what).stdout.splitlines())) < 200
+    monkeypatch.setenv("COLUMNS", "80")
+    said = lamina("list", what).stdout
+    assert max(map(len, said.splitlines())) <= 80
+    assert all(" ".join(row["about"].split()) in " ".join(said.split()) for row in rows)
+    if what in ("codecs", "rules"):
+        assert all(row["takes"] in " ".join(said.split()) for row in rows)
+
+
 def test_methods_are_listed_with_what_they_take() -> None:
     rows = {row["name"]: row for row in objects(lamina("list", "methods", "--json"))}
     assert rows["fedlama"]["takes"] == "phi=2, warmup=0"
@@ -350,6 +381,22 @@ def test_a_split_that_does_not_fit_drops_labels_and_says_so() -> None:
     assert re.search(r"labels \d to 99 do not fit", lines[3])
 
 
+def test_the_table_of_a_split_has_the_names_of_the_labels_or_says_what_their_numbers_mean() -> None:
+    names = ["none", "outer bearing", "drive belt"]
+    clients = [{"client": "a", "examples": 6, "labels": [1, 2, 3]}]
+    split = {"data": "x", "partition": "iid", "split_sha256": "5a1c", "classes": 3, "clients": clients}
+    lines = terminal.split_lines({**split, "label_names": names}, 80)
+    assert re.split(r"  +", lines[0].strip()) == ["client", "examples", *names]
+    lines = terminal.split_lines({**split, "label_names": names}, 45)
+    assert lines[0].split() == ["client", "examples", "label", "0", "1", "2"]
+    assert lines[4].strip() == "labels  0 none · 1 outer bearing ·"
+    assert lines[5].strip() == "2 drive belt"
+    for old in (split, {**split, "label_names": None}):
+        lines = terminal.split_lines(old, 45)
+        assert lines[0].split() == ["client", "examples", "label", "0", "1", "2"]
+        assert not any("labels" in line for line in lines)
+
+
 def test_doctor_and_data_list() -> None:
     facts = objects(lamina("doctor", "--json"))[0]
     assert {"memory", "same bits"} <= facts.keys()
@@ -357,6 +404,79 @@ def test_doctor_and_data_list() -> None:
     assert "torch" in objects(lamina("doctor", "--json"))[0]
     assert "engine" in lamina("doctor").stdout
     assert {row["name"] for row in objects(lamina("data", "list", "--json"))} >= {"digits", "cifar10", "hapt"}
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A lamina with extras of packages that exist nowhere, but for one."""
+    said = (
+        "Provides-Extra: demo\nRequires-Dist: torch>=2\nRequires-Dist: lamina-there>=1; extra == 'demo'\n"
+        "Provides-Extra: both\nRequires-Dist: lamina-there; extra == 'both'\n"
+        'Requires-Dist: lamina-nowhere[x]<2,>=1 ; extra == "both"\n'
+        "Provides-Extra: dev\nRequires-Dist: lamina-nowhere; extra == 'dev'\n"
+    )
+    folder = tmp_path / "packages"
+    for name, more in (("lamina", said), ("lamina_there", "")):
+        made = folder / f"{name}-0.1.dist-info"
+        made.mkdir(parents=True)
+        (made / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: 0.1\n{more}")
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+def test_doctor_says_which_extras_are_here_and_what_others_lack(packages: Path) -> None:
+    (line,) = (line for line in lamina("doctor").stdout.splitlines() if line.startswith("  extras "))
+    assert line.split(maxsplit=1)[1] == "here: demo · missing: both (lamina-nowhere) · pip install 'lamina[NAME]'"
+    assert objects(lamina("doctor", "--json"))[0]["extras"] == {
+        "here": ["demo"],
+        "missing": [{"extra": "both", "packages": ["lamina-nowhere"]}],
+    }
+
+
+def test_doctor_asks_for_nothing_where_every_extra_is_here(packages: Path) -> None:
+    nowhere = packages / "lamina_nowhere-1.dist-info"
+    nowhere.mkdir()
+    (nowhere / "METADATA").write_text("Metadata-Version: 2.4\nName: lamina-nowhere\nVersion: 1.0\n")
+    assert "here: demo, both\n" in lamina("doctor").stdout
+
+
+def test_extras_that_doctor_leaves_out_are_those_for_work_on_lamina() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {*project["optional-dependencies"]} - {*machine._DEVELOPERS} == {
+        "demo", "flower", "plots", "parquet", "hf", "track", "secure",
+    }  # fmt: skip
+
+
+def test_a_data_set_that_comes_with_a_package_needs_no_fetching(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = lamina("data", "fetch", "digits", "--verify")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "  digits  nothing to fetch: it comes with the Python package scikit-learn, which is here\n"
+    (row,) = objects(lamina("data", "fetch", "digits", "--json"))
+    assert row == {"event": "fetched", "data": "digits", "folder": None, "source": "Python package scikit-learn"}
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    missing = lamina("data", "fetch", "digits")
+    assert missing.exit_code == 3
+    assert "E219" in missing.stderr
+    assert "pip install 'lamina[demo]'" in missing.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "run", "sweep", "chaos", "data show"])
+def test_a_python_file_in_the_place_of_a_config_is_told_how_its_model_is_named(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("import torch\ndef net(cfg):\n    return torch.nn.Linear(64, 10)\n")
+    refused = lamina(*command.split(), "mine.py")
+    assert refused.exit_code == 2
+    assert "E104  mine.py is a Python file, not TOML" in refused.stderr
+    assert "a model in it is named mine.py:NAME: `lamina inspect mine.py:NAME`" in refused.stderr
+    if command != "inspect":  # which takes this
+        assert "`lamina run quickstart model=mine.py:net`" in lamina(*command.split(), "mine.py:net").stderr
+
+
+def test_a_python_file_that_is_not_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "E105  no file and no preset is named 'mine.py'" in lamina("inspect", "mine.py").stderr
 
 
 def test_the_command_line_itself_imports_nothing_heavy() -> None:

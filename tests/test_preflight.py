@@ -34,6 +34,37 @@ def test_a_model_that_fails_on_a_batch_names_the_module_and_the_shapes() -> None
     assert error.remedy
 
 
+def test_a_linear_that_receives_another_number_of_features_is_told_which() -> None:
+    """8 x 8 pixels are 64 features, the layer has 48; the second one receives the 9 that the first gives."""
+    first = named(flatten=nn.Flatten(), first=nn.Linear(48, 4))
+    assert "give Sequential.first in_features=64 (it has 48), or the data" in str(refused(first, "E121").remedy)
+    second = named(flatten=nn.Flatten(), first=nn.Linear(64, 9), second=nn.Linear(8, 4))
+    assert "Sequential.second in_features=9 (it has 8)" in str(refused(second, "E121").remedy)
+
+
+def test_a_linear_that_receives_pictures_is_told_to_flatten_them_where_that_fits() -> None:
+    """[n, 1, 8, 8] has 64 numbers per example; its last dimension, 8, is not what the layer lacks."""
+    remedy = str(refused(named(fc=nn.Linear(64, 4)), "E121").remedy)
+    assert "put nn.Flatten() before Sequential.fc, which takes 64 numbers" in remedy
+    assert "in_features=" not in remedy
+
+
+def test_a_failure_beside_a_linear_names_no_number() -> None:
+    """Of another layer's shape; and of the model itself, after a Linear that took what it got."""
+    other = named(flatten=nn.Flatten(), norm=nn.BatchNorm1d(63), fc=nn.Linear(64, 4))
+
+    class After(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1)) + torch.zeros(3)
+
+    for model in (other, After()):
+        assert str(refused(model, "E121").remedy).startswith("make the model accept these shapes, or the data")
+
+
 def test_a_nested_module_is_named_with_its_path() -> None:
     model = named(flatten=nn.Flatten(), block=named(inner=nn.Linear(63, 4)))
     assert refused(model, "E121").where == "Sequential.block.inner"

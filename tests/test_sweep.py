@@ -263,7 +263,14 @@ def test_the_command_ends_with_one_table(root: Path) -> None:
     objects = [json.loads(line) for line in lamina("quickstart", *SMALL, "--seeds", "2", "--json").stdout.splitlines()]
     assert [row["event"] for row in objects] == ["sweep", "compare"]
     assert objects[1]["n"] == 2
-    assert lamina("quickstart", *SMALL, "--quiet").stdout.split() == [str(root / "quickstart" / "001-fedavg")]
+
+
+def test_a_quiet_sweep_prints_the_folders_and_the_table_and_nothing_else(root: Path) -> None:
+    folders = [str(root / "quickstart" / name) for name in ("001-fedavg", "002-fedlama")]
+    result = lamina("quickstart", "method=fedavg,fedlama", *SMALL, "--quiet")
+    paths, _, table = result.stdout.partition("\n\n")
+    assert paths.splitlines() == folders
+    assert table == CliRunner().invoke(cli.app, ["compare", "001-002"]).stdout
 
 
 def test_the_command_says_what_failed_and_with_which_error(root: Path, tmp_path: Path) -> None:

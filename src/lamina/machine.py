@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,26 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+_DEVELOPERS = ("dev", "docs", "fuzz")  # extras for work on lamina itself
+
+
+def extras() -> dict[str, list[str]]:
+    """Extra of lamina -> those of its packages that are not here, by lamina's own metadata; developers' left out."""
+    try:
+        said = metadata("lamina")
+    except PackageNotFoundError:
+        return {}
+    missing: dict[str, list[str]] = {
+        name: [] for name in said.get_all("Provides-Extra") or () if name not in _DEVELOPERS
+    }
+    for line in said.get_all("Requires-Dist") or ():
+        package = re.match(r"[\w.-]+", line)
+        extra = re.search(r"""extra\s*==\s*["']([^"']+)["']""", line)
+        if package and extra and extra[1] in missing and installed(package[0]) is None:
+            missing[extra[1]].append(package[0])
+    return missing
 
 
 def cpu_name() -> str:

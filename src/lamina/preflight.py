@@ -161,7 +161,7 @@ def _fails(
             f"{type(error).__name__}: {error}",
             code="E121",
             where=where,
-            remedy="make the model accept these shapes, or the data provide what the model expects",
+            remedy=f"{trace.remedy()}, or the data provide what the model expects",
         )
     return None
 
@@ -173,21 +173,36 @@ class _Trace:
         self.inside = ""
         self.received = ""
         self._stack: list[str] = []
+        self._in: tuple[nn.Module, tuple[Any, ...]] | None = None  # the innermost module, and its inputs
         for name, module in model.named_modules():
             label = f"{type(model).__name__}.{name}" if name else type(model).__name__
             module.register_forward_pre_hook(self._enter(label))
             module.register_forward_hook(self._leave)
+
+    def remedy(self) -> str:
+        """What makes the model accept what it was given; with the number, where a Linear got another than it takes."""
+        layer, x = (self._in[0], self._in[1][0]) if self._in and self._in[1] else (None, None)
+        if not (
+            isinstance(layer, nn.Linear) and isinstance(x, Tensor) and x.dim() and x.shape[-1] != layer.in_features
+        ):
+            return "make the model accept these shapes"
+        takes, given = layer.in_features, x.shape[-1]
+        if x.dim() > 2 and x.shape[1:].numel() == takes:
+            return f"put nn.Flatten() before {self.inside}, which takes {takes} numbers per example"
+        return f"give {self.inside} in_features={given} (it has {takes})"
 
     def _enter(self, label: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             self._stack.append(label)
             self.inside = label
             self.received = ", ".join(_shape(x) for x in inputs)
+            self._in = (module, inputs)
 
         return hook
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._stack.pop()
+        self._in = None
         self.inside = self._stack[-1] if self._stack else ""
 
 

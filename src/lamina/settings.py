@@ -16,7 +16,7 @@ import tomllib
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from lamina.entry import anchored, is_entry
 from lamina.errors import ConfigError, meant
@@ -94,6 +94,8 @@ def _read(target: str | Path) -> tuple[str, str, Path | None]:
     path = Path(target)
     if path.is_dir() and (path / "config.toml").is_file():
         path = path / "config.toml"
+    if (python := re.fullmatch(r"(.+\.py)(?::(.*))?", str(target))) and Path(python[1]).is_file():
+        _refuse_python(python[1], python[2] or "NAME")
     if not path.is_file() and path.suffix != ".toml":
         return str(target), _preset(str(target), "command line"), None
     try:
@@ -102,6 +104,16 @@ def _read(target: str | Path) -> tuple[str, str, Path | None]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"{path}: {reason}", code="E105", where="command line") from error
+
+
+def _refuse_python(file: str, part: str) -> NoReturn:
+    named = f"{file}:{part}"
+    raise ConfigError(
+        f"{file} is a Python file, not TOML",
+        code="E104",
+        where="command line",
+        remedy=f"a model in it is named {named}: `lamina inspect {named}`, `lamina run quickstart model={named}`",
+    )
 
 
 def _preset(name: str, where: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lamina.cli.base import Json, NoColor, Quiet, RunDir, complain, find, find_all, guarded, say, watcher_for, written
+from lamina.cli.base import Json, NoColor, RunDir, complain, find, find_all, guarded, say, watcher_for, written
 from lamina.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ def sweep(
     accuracy: Target = None,
     run_dir: RunDir = None,
     json: Json = False,
-    quiet: Quiet = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only the run folders, the table at the end, and errors.")
+    ] = False,
     no_color: NoColor = False,
 ) -> None:
     """Every combination of values: `lamina sweep exp.toml method=fedavg,fedlama local.lr=0.1,0.03 --seeds 3`.
@@ -101,13 +103,15 @@ def sweep(
         told,
         terminal.Fetching(errors, json),
     )
-    if quiet and not json:
+    if quiet and not json and done.runs:
         print("\n".join(str(run.path) for run in done.runs))
-    elif done.runs:
+    if done.runs:
         rows = comparing.compare(done.runs, force=True, target=accuracy)
         if json:
             for row in rows:
                 terminal.emit({"event": "compare", **row})
+        elif quiet:
+            say(out, ["", *comparison.as_text(rows, terminal.width_of(out))])
         else:
             again = f"lamina compare {_called([run.path for run in done.runs], run_dir)} --latex"
             say(out, ["", *comparison.as_text(rows, terminal.width_of(out)), "", f"  next  {again}"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,6 +37,14 @@ def data_fetch(
 
     out = terminal.console(no_color=no_color)
     for name in names:
+        info = data.DATASETS.get(name)
+        if info is not None and not info.download:
+            data.load(name)  # its package is here, or E219 says which one is not
+            if json:
+                terminal.emit({"event": "fetched", "data": name, "folder": None, "source": info.sources[0]})
+            else:
+                say(out, [f"  {name}  nothing to fetch: it comes with the {info.sources[0]}, which is here"])
+            continue
         with terminal.Fetching(out, json) as progress:
             stored = data.download(name, verify=verify, progress=progress)
         if json:
@@ -92,10 +101,9 @@ def doctor(
     synced = machine.sync_seconds(there(root))
     memory = machine.free_memory()
     name, workers, reason = engine.choose("auto", 10, None)
-    extras = {"scikit-learn": "digits", "pillow": "PNG of CIFAR-10"}
-    missing = [f"{package} (for {use})" for package, use in extras.items() if machine.installed(package) is None]
+    extras = machine.extras()
     sets = [f"{name} {'yes' if data.cached(name) else 'no'}" for name, info in data.DATASETS.items() if info.download]
-    facts = {
+    facts: dict[str, Any] = {
         "lamina": f"{machine.installed('lamina')} · python {platform.python_version()} · {platform.platform()}",
         "torch": f"{label()} · {torch.get_num_threads()} threads",
         **({"mkl": _gained(gain())} if mkl else {}),
@@ -110,13 +118,23 @@ def doctor(
         + ("cannot be written" if synced is None else f"a small file is safe in {1000 * synced:.1f} ms"),
         "cache": free(data.cache_folder()),
         "data": " · ".join(sets),
-        "extras": "all here" if not missing else "missing: " + ", ".join(missing) + " · pip install 'lamina[demo]'",
     }
     if json:
-        terminal.emit(facts)
+        here = [extra for extra, missing in extras.items() if not missing]
+        lacking = [{"extra": extra, "packages": missing} for extra, missing in extras.items() if missing]
+        terminal.emit({**facts, "extras": {"here": here, "missing": lacking}})
         return
+    facts["extras"] = _said(extras)
     out = terminal.console(no_color=no_color)
     say(out, terminal.fields(list(facts.items()), terminal.width_of(out)))
+
+
+def _said(extras: Mapping[str, Sequence[str]]) -> str:
+    """Which extras are here, which are not for want of what."""
+    here = ", ".join(extra for extra, missing in extras.items() if not missing)
+    lacking = ", ".join(f"{extra} ({', '.join(missing)})" for extra, missing in extras.items() if missing)
+    said = [f"here: {here or 'none'}"] + ([f"missing: {lacking}", "pip install 'lamina[NAME]'"] if lacking else [])
+    return " · ".join(said) if extras else "unknown: lamina is not installed as a package"
 
 
 def _gained(gain: Gain | str) -> str:

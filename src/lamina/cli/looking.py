@@ -84,48 +84,79 @@ def verify(
         raise StorageError(f"{problems[0]}{more}", code=code, where=str(folder))
 
 
-LISTS = ("methods", "codecs", "data", "partitions", "presets", "models", "rules", "recipes", "runs")
+LISTS = {
+    "methods": "what happens beyond plain averaging: fedavg, fedlama, ...",
+    "codecs": "how updates are packed for the uplink and the downlink",
+    "data": "data sets in the box, and which of them are here",
+    "partitions": "rules by which examples are split between clients",
+    "presets": "experiments that run as they stand",
+    "models": "networks in the box",
+    "rules": "how the server combines updates: the mean, and robust ones",
+    "recipes": "published experiments, for `lamina reproduce`",
+    "runs": "what has been run",
+}
 
 
 @guarded
 def list_(
-    what: Annotated[str, typer.Argument(metavar="|".join(LISTS), show_default=False)],
+    what: Annotated[str | None, typer.Argument(metavar=f"[{'|'.join(LISTS)}]", show_default=False)] = None,
     run_dir: RunDir = None,
     json: Json = False,
     no_color: NoColor = False,
 ) -> None:
-    """What there is."""
+    """What there is; without an argument, what can be listed."""
     from lamina import terminal
 
-    if what not in LISTS:
+    if what is not None and what not in LISTS:
         raise ConfigError(f"list {what}: expected one of {', '.join(LISTS)}", where="command line, argument 1")
     if run_dir is not None and what != "runs":
-        raise ConfigError(f"--run-dir is of `lamina list runs`, not of {what}")
-    special = {"runs": lambda: _runs_listed(run_dir), "data": _data_listed, "recipes": _recipes_listed}
-    rows, columns = special[what]() if what in special else _named(what)
+        raise ConfigError(f"--run-dir is of `lamina list runs`, not of {what or 'a list without an argument'}")
+    rows, columns = _rows(what, run_dir)
     out = terminal.console(no_color=no_color)
     if json:
         for row in rows:
             terminal.emit(row)
     elif not rows:
         say(out, ["  none"])
-    elif what == "presets":  # sentences: wrapped, where a table would drop them
-        say(out, terminal.fields([(row["name"], row["about"]) for row in rows], terminal.width_of(out)))
+    elif columns is None:
+        say(out, terminal.fields([(row["name"], _sentence(row, what)) for row in rows], terminal.width_of(out)))
     else:
         say(out, terminal.table(columns, terminal.width_of(out)))
-        say(out, _CHAINS if what == "methods" else ())
+    say(out, [] if json else _AFTER.get(what, ()))
 
 
-_CHAINS = (
-    "",
-    '  several at once: lamina run quickstart "method=[ssfl,fedlama]" method.1.phi=4',
-    "  which go together, and in which order: docs/methods/composition.md",
-)
+_AFTER: dict[str | None, tuple[str, ...]] = {
+    None: ("", "  e.g. lamina list methods"),
+    "methods": (
+        "",
+        '  several at once: lamina run quickstart "method=[ssfl,fedlama]" method.1.phi=4',
+        "  which go together, and in which order: docs/methods/composition.md",
+    ),
+    "models": ("", "  what one takes, with defaults: lamina explain resnet20, or --json here"),
+}
 
 
-def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
-    from lamina.terminal import Column
+def _rows(what: str | None, run_dir: Path | None) -> tuple[list[dict[str, Any]], list[Column] | None]:
+    """The objects of a list, and its columns; none, where sentences are wrapped that a table would drop."""
+    match what:
+        case None:
+            return [{"name": name, "about": about} for name, about in LISTS.items()], None
+        case "runs":
+            return _runs_listed(run_dir)
+        case "data":
+            return _data_listed()
+        case "recipes":
+            return _recipes_listed()
+    rows = _named(what)
+    return rows, _method_columns(rows) if what == "methods" else None
 
+
+def _sentence(row: dict[str, Any], what: str | None) -> str:
+    takes = row.get("takes") if what != "models" else None  # a network's settings are a page
+    return f"{row['about']} · takes {takes}" if takes else str(row["about"])
+
+
+def _named(what: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]]
     if what == "partitions":
         from lamina.data import PARTITIONS
@@ -145,15 +176,18 @@ def _named(what: str) -> tuple[list[dict[str, Any]], list[Column]]:
             defaults = {key: taken.default for key, taken in configs.arguments_of(section, thing).items()}
             said = [key if v is type(v) or repr(v).startswith("<") else f"{key}={v}" for key, v in defaults.items()]
             rows.append({"name": name, "about": configs.about(section, name), "takes": ", ".join(said)})
-    columns = [
-        Column(what, [row["name"] for row in rows], left=True),
-        Column("about", [row["about"] for row in rows], 2, left=True),
+    return rows
+
+
+def _method_columns(rows: list[dict[str, Any]]) -> list[Column]:
+    """What a method does goes last: its settings stand on its page too."""
+    from lamina.terminal import Column
+
+    return [
+        Column("methods", [row["name"] for row in rows], left=True),
+        Column("takes", [row["takes"] for row in rows], 2, left=True),
+        Column("about", [row["about"] for row in rows], 1, left=True),
     ]
-    if what == "methods":  # what a method does goes last: its settings stand on its page too
-        columns[1] = columns[1]._replace(rank=1)
-    if "takes" in rows[0]:
-        columns.insert(1, Column("takes", [row["takes"] for row in rows], 2 if what == "methods" else 1, left=True))
-    return rows, columns
 
 
 def _head(text: str) -> str:

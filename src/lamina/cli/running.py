@@ -111,7 +111,10 @@ def demo(
     quiet: Quiet = False,
     no_color: NoColor = False,
 ) -> None:
-    """FedAvg and FedLAMA side by side on the same split, and what each of them sent. Under two minutes."""
+    """FedAvg and FedLAMA side by side on the same split, and what each of them sent.
+
+    Under two minutes on two idle cores.
+    """
     from lamina import demo as demos
     from lamina import runs, terminal
     from lamina.compare import compare
