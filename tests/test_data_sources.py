@@ -50,6 +50,7 @@ def test_a_csv_file_gives_a_client_for_every_value_of_a_column(tmp_path: Path) -
     assert x.dtype == torch.float32
     assert x.tolist() == [[40, 0.5], [20, 3.5], [10, 4.5]]
     assert y.tolist() == [1, 0, 1]  # ill, well: sorted
+    assert data.label_names == ("ill", "well")
 
 
 def test_x_names_the_columns_and_their_order(tmp_path: Path) -> None:
@@ -73,6 +74,24 @@ def test_whole_numbers_are_sorted_as_numbers_and_texts_with_leading_zeros_stay_t
     assert data.y.tolist() == [0, 1, 0]  # 7, 30
     data = ClientData.from_csv(table(tmp_path, "site,x,y\n07,1,0\n7,1,1\n"), client="site", y="y")
     assert data.names == ("07", "7")
+
+
+def test_labels_have_names_where_these_are_not_their_places(tmp_path: Path) -> None:
+    rows = "a,label\n1,{}\n2,{}\n3,{}\n"
+    named = {
+        (0, 2, 1): None,
+        (3, 5, 3): ("3", "5"),
+        (1, 0, 5): ("0", "1", "5"),
+    }
+    for labels, expected in named.items():
+        data = ClientData.from_csv(table(tmp_path, rows.format(*labels)), y="label", clients=1)
+        assert data.label_names == expected
+    text = table(tmp_path, rows.format("b", "c", "b"))
+    given = ClientData.from_csv(text, y="label", clients=1, classes=["c", "b", "a"])
+    assert (given.label_names, given.y.tolist()) == (("c", "b", "a"), [1, 0, 1])
+    numbers = table(tmp_path, rows.format(1, 0, 1))
+    assert ClientData.from_csv(numbers, y="label", clients=1, classes=3).label_names is None
+    assert ClientData.from_csv(numbers, y="label", clients=1, regression=True).label_names is None
 
 
 def test_a_column_of_texts_becomes_a_column_for_every_text(tmp_path: Path) -> None:
@@ -400,6 +419,7 @@ def test_images_lie_in_a_folder_for_each_class(tmp_path: Path) -> None:
     assert data.x.dtype == torch.uint8
     assert data.x[:, 0, 0, 0].tolist() == [0, 10, 20, 30]
     assert data.y.tolist() == [0, 1, 1, 1]
+    assert data.label_names == ("cat", "dog")
     assert data.transform(data.x, None).shape == (4, 1, 3, 4)
 
 
@@ -521,6 +541,7 @@ def test_a_hugging_face_data_set_keeps_the_places_of_its_class_names(hub: Any, t
     data = ClientData.from_hf(both, column="user_id", x="text", y="label", encode=lengths, test="validation")
     assert data.names == ("9", "10")
     assert (data.x.tolist(), data.y.tolist(), data.classes) == ([[1], [2], [3]], [0, 2, 2], 3)
+    assert data.label_names == ("no", "maybe", "yes")
     assert data.test is not None
     both.save_to_disk(tmp_path / "saved")
     saved = ClientData.from_hf(str(tmp_path / "saved"), column="user_id", x="text", y="label", encode=lengths)

@@ -23,7 +23,7 @@ from lamina import ClientData, ConfigError, Federation, FedLAMA, LocalSGD, Stora
 from lamina.cli import app
 from lamina.folder import Row, document
 from lamina.report import clients, layers, overview, papers, sparsity, watching
-from lamina.report.figure import Figure, Note, Table, evenly, heat, number, plain
+from lamina.report.figure import Figure, Note, Table, evenly, heat, log_ticks, number, plain
 from lamina.report.render import pages_of
 from lamina.report.tables import Tables, bins, lasts, means, read
 from lamina.runs import Run, fit
@@ -95,7 +95,7 @@ def wicked(tmp_path_factory: pytest.TempPathFactory) -> Run:
         x, y = torch.randn(12, 4, generator=draws), torch.randint(0, 3, (12,), generator=draws)
         parts[name] = (x * 1e20 if k == 2 else x, y)  # it diverges at its second step
     test = torch.randn(20, 4, generator=draws), torch.randint(0, 3, (20,), generator=draws)
-    data = ClientData.from_clients(parts, test=test, name=EVIL)
+    data = ClientData.from_clients(parts, test=test, name=EVIL, label_names=[EVIL, "a", "b"])
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -348,6 +348,54 @@ def test_how_labels_are_spread_is_said_beyond_chance(counts: list[list[int]], sa
     assert said in " ".join(clients._skew(np.array(counts), [sum(row) for row in counts], tables))
 
 
+def test_labels_are_called_by_their_names_and_by_numbers_in_runs_without(tmp_path: Path) -> None:
+    """Of 100 examples 40 have the first label, all of them with the second client: 50 and 100 % are of one label."""
+    run = written(tmp_path / "run", 2)
+    holders = [
+        {"client": "a", "examples": 60, "labels": [0, 30, 30]},
+        {"client": "b", "examples": 40, "labels": [40, 0, 0]},
+    ]
+    split: dict[str, Any] = {"classes": 3, "clients": holders}
+    for names, called in ((["ok", "belt", "<b>"], ("ok", "belt", "&lt;b&gt;")), (None, ("0", "1", "2"))):
+        (run.path / "split.json").write_bytes(document(split if names is None else {**split, "label_names": names}))
+        figure = block(Run.open(run.path), lambda tables, most: clients.page(tables), "Who holds which labels")
+        assert figure.layout["xaxis"]["ticktext"] == list(called)
+        assert [cell[2] for cell in figure.data[0]["customdata"][0]] == list(called)
+        said = " ".join(figure.concludes)
+        assert f"of all examples together: 40 %, label {called[0]})" in said
+        assert f"Label {called[0]} is with fewest: 1 of 2 clients." in said
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([0.06, 0.7], ["0.1", "0.2", "0.5"]),
+        ([0.11, 0.14], ["0.1", "0.2"]),
+        ([0.0, None, float("nan"), 0.3, 0.9], ["0.5", "1"]),
+        ([0.00001, 3.0], ["0.00001", "0.0001", "0.001", "0.01", "0.1", "1"]),
+        ([3e5, 2e6], ["500000", "1000000", "2000000"]),
+        ([0.5], ["0.5", "1"]),
+        ([], ["1", "2"]),
+    ],
+)
+def test_a_logarithmic_axis_has_plain_numbers_at_1_2_and_5(values: list[Any], texts: list[str]) -> None:
+    ticks, shown, (start, end) = log_ticks(values)
+    assert shown == texts
+    assert ticks == [float(text) for text in texts]
+    assert all(start <= value <= end for value in [*ticks, *(v for v in values if v and v > 0)])
+
+
+def test_a_logarithmic_axis_over_many_decades_has_few_ticks() -> None:
+    assert len(log_ticks([1e-150, 1e150])[0]) <= 9
+
+
+def test_the_steps_are_drawn_over_such_an_axis(tmp_path: Path) -> None:
+    run = written(tmp_path / "run", update_norm=lambda i, t: 0.07 * 1.2**t)  # to 0.52
+    axis = block(run, layers.page, "Length of the common step").layout["yaxis"]
+    assert (axis["type"], axis["ticktext"]) == ("log", ["0.1", "0.2", "0.5"])
+    assert axis["range"][0] < np.log10(0.07) < np.log10(0.52) < axis["range"][1]
+
+
 def test_steps_that_shrink_name_the_layers_whose_do_not(tmp_path: Path) -> None:
     run = written(tmp_path / "run", 16, update_norm=lambda i, t: 1.0 if i == 2 else 0.5**t)
     said = " ".join(block(run, layers.page, "Length of the common step").concludes)
@@ -555,6 +603,15 @@ def test_flares_figure_is_of_several_densities(tmp_path: Path) -> None:
     assert drawing.curves[0].x == pytest.approx([0.1, 1.0])
     with pytest.raises(ConfigError, match="runs of at least two densities"):
         papers.drawing_of("flare-sparsity", [read(dense)])
+
+
+def test_a_papers_logarithmic_axis_has_the_ticks_of_the_reports(tmp_path: Path) -> None:
+    """Densities 0.06 and 0.7 have one power of ten between them."""
+    pytest.importorskip("matplotlib")
+    curves = [papers.Curve("fedavg", [0.06, 0.7], [0.5, 0.6])]
+    papers._drawn(papers.Drawing("x", "y", curves, log=True), tmp_path / "a.svg")
+    shown = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "a.svg").read_text())
+    assert [text for text in shown if text in ("0.1", "0.2", "0.5")] == ["0.1", "0.2", "0.5"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_a_run_folder_holds_everything_about_a_run(tmp_path: Path) -> None:
     assert split["split_sha256"] == info["split_sha256"]
     assert len(split["clients"]) == 6
     assert all(sum(row["labels"]) == row["examples"] for row in split["clients"])
+    assert split["label_names"] is None  # digits are their own names
     assert sum(row["examples"] for row in split["clients"]) == 1442
     assert len(lines(run.path / "metrics.jsonl")) == len(run.records) == 4
     assert len(lines(run.path / "layers.jsonl")) == 4 * 4

@@ -82,6 +82,7 @@ def test_the_tutorial_runs_in_few_rounds(clean: Path, monkeypatch: pytest.Monkey
     assert [line.split()[0] for line in said["data show exp.toml"].splitlines()[1:9]] == [
         f"factory-{i}" for i in range(8)
     ]
+    assert said["data show exp.toml"].split()[:5] == ["client", "examples", "bearing", "belt", "none"]
     compared = said["compare 001 002 003"]
     assert [name for name in ("fedavg", "fedlama", "ssfl") if f" {name} " in compared] == ["fedavg", "fedlama", "ssfl"]
     assert "same split yes" in " ".join(compared.split())

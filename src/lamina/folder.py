@@ -270,6 +270,7 @@ def _split(data: ClientData) -> dict[str, Any]:
         "split_sha256": data.split_sha256,
         "pool_sha256": data.pool_sha256,
         "classes": data.classes,
+        "label_names": None if data.label_names is None else [*data.label_names[: data.classes or 0]],
     }
 
 

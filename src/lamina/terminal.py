@@ -101,14 +101,20 @@ class Column(NamedTuple):
 
 def table(columns: Sequence[Column], width: int | None) -> list[str]:
     """Lines: the titles, then the rows. At most `width` wide, if dropping columns of rank > 0 can do it."""
-    shown = list(columns)
-    while width is not None and _wide(shown) > width and any(c.rank for c in shown):
-        shown.remove(max(shown, key=lambda c: c.rank))
+    shown = _fitting(columns, width)
     lines = []
     for cells in [[c.title for c in shown], *zip(*(c.cells for c in shown), strict=True)]:
         parts = [cell.ljust(_span(c)) if c.left else cell.rjust(_span(c)) for c, cell in zip(shown, cells, strict=True)]
         lines.append("  ".join(["", *parts]).rstrip())
     return lines
+
+
+def _fitting(columns: Sequence[Column], width: int | None) -> list[Column]:
+    """Those that `table` shows."""
+    shown = list(columns)
+    while width is not None and _wide(shown) > width and any(c.rank for c in shown):
+        shown.remove(max(shown, key=lambda c: c.rank))
+    return shown
 
 
 def _span(column: Column) -> int:
@@ -165,17 +171,25 @@ def split_lines(split: dict[str, Any], width: int | None) -> list[str]:
     def count(label: int) -> Callable[[dict[str, Any]], str]:
         return lambda row: f"{row['labels'][label]:,}"
 
-    columns = [
-        column("client", lambda row: str(row["client"]), left=True),
-        column("examples", lambda row: f"{row['examples']:,}"),
-        *(column(f"label {label}" if label == 0 else str(label), count(label), label + 1) for label in range(classes)),
-    ]
-    lines = table(columns, width)
-    shown = len(lines[0].replace("label ", "").split()) - 2
+    def fitting(titles: Sequence[str]) -> list[Column]:
+        who = column("client", lambda row: str(row["client"]), left=True)
+        counts = [column(title, count(label), label + 1) for label, title in enumerate(titles)]
+        return _fitting([who, column("examples", lambda row: f"{row['examples']:,}"), *counts], width)
+
+    numbered = [f"label {label}" if label == 0 else str(label) for label in range(classes)]
+    called = split.get("label_names") or []
+    columns = fitting(called or numbered)
+    narrowed = bool(called) and len(columns) - 2 < classes
+    if narrowed:
+        columns = fitting(numbered)
+    shown = len(columns) - 2
     said = f"{split['data']} · {split['partition']} · {len(clients)} clients"
     if shown < classes:
         said += f" · labels {shown} to {classes - 1} do not fit; --json has them"
-    return [*lines, *fields([("", said), ("sha256", split["split_sha256"])], width)]
+    facts = [("", said), ("sha256", split["split_sha256"])]
+    if narrowed and shown:
+        facts.insert(1, ("labels", " · ".join(f"{label} {name}" for label, name in enumerate(called[:shown]))))
+    return [*table(columns, None), *fields(facts, width)]
 
 
 _ROUNDS_SHOWN = 10

@@ -6,6 +6,7 @@ import math
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -143,6 +144,32 @@ def test_it_survives_pickling():
     again = pickle.loads(pickle.dumps(data))
     assert again.split_sha256 == data.split_sha256
     assert repr(again) == "ClientData(custom, given: 2 clients, 5 examples, 3 classes)"
+
+
+# ---- names of the labels
+
+
+def test_names_of_labels_go_with_the_data_and_change_no_sum():
+    x, y = torch.zeros(10, 2), torch.arange(10) % 3
+    bare = ClientData.from_dataset((x, y), clients=2)
+    data = ClientData.from_dataset((x, y), clients=2, label_names=["no", "maybe", "yes", "never seen"])
+    names = ("no", "maybe", "yes", "never seen")
+    for made in (data, data.subset([1]), data.pooled(), data.held_out(0.2), data.among(["0", "1", "2"]),
+                 replace(data, test=(x, y)), pickle.loads(pickle.dumps(data)),
+                 ClientData.from_clients({"a": (x, y)}, label_names=names, test_share=0.2)):  # fmt: skip
+        assert made.label_names == names
+    assert data.classes == 3
+    for sum_of in ("split_sha256", "pool_sha256", "fingerprint"):
+        assert getattr(data, sum_of) == getattr(bare, sum_of)
+    assert bare.label_names is None
+
+
+def test_too_few_names_of_labels_are_refused():
+    x, y = torch.zeros(4, 2), torch.arange(4)
+    with pytest.raises(DataError, match=r"E224.*expected 4 names or more, as there are labels to 3, got 3"):
+        ClientData.from_index(x, y, {"a": [0, 1, 2]}, label_names=["a", "b", "c"])
+    with pytest.raises(ConfigError, match="label_names='abcd': expected a list of names"):
+        ClientData.from_index(x, y, {"a": [0, 1, 2]}, label_names="abcd")
 
 
 # ---- from a data set

@@ -597,15 +597,29 @@ def small_images(channels: int, side: int) -> dict[str, np.ndarray]:
     return {"train_x": x[:200], "train_y": np.arange(200) % 10, "test_x": x[200:], "test_y": np.arange(100) % 10}
 
 
-@pytest.mark.parametrize(("name", "channels", "side"), [("cifar10", 3, 32), ("mnist", 1, 28), ("fashion_mnist", 1, 28)])
+@pytest.mark.parametrize(
+    ("name", "channels", "side", "fourth"),
+    [("cifar10", 3, 32, "cat"), ("mnist", 1, 28, None), ("fashion_mnist", 1, 28, "Dress")],
+)
 def test_image_sets_are_split_and_normalised(
-    name: str, channels: int, side: int, stored: dict[str, dict[str, np.ndarray]]
+    name: str, channels: int, side: int, fourth: str | None, stored: dict[str, dict[str, np.ndarray]]
 ):
     stored[name] = small_images(channels, side)
     data = lamina.data.load(name, clients=5, partition="iid")
     assert (len(data), data.name, len(data.indices), data.classes) == (5, name, 200, 10)
+    assert (data.label_names and data.label_names[3]) == fourth
     assert data.test is not None
     assert data.transform(data.x[:2], None).shape == (2, channels, side, side)
+
+
+def test_every_set_has_as_many_names_of_labels_as_labels():
+    """Those of CIFAR-100 are in alphabetical order, as its publishers number them."""
+    named = {"cifar10": cifar.LABELS_10, "cifar100": cifar.LABELS_100, "fashion_mnist": idx.CLOTHES,
+             "hapt": hapt.ACTIVITY_NAMES, "covertype": covertype.KINDS}  # fmt: skip
+    for name, names in named.items():
+        assert len(set(names)) == len(names) == lamina.data.DATASETS[name].classes
+    assert list(cifar.LABELS_100) == sorted(cifar.LABELS_100)
+    assert len(shakespeare.NAMES) == len(shakespeare.ALPHABET) == len(set(shakespeare.NAMES))
 
 
 def test_augmentation_is_for_cifar_and_can_be_left_out(stored: dict[str, dict[str, np.ndarray]]):
@@ -721,7 +735,7 @@ def test_the_table_of_data_sets_is_complete():
         assert info.sources
         assert info.licence
         assert info.natural == (name in ("shakespeare", "hapt", "covertype"))
-    with pytest.raises(ConfigError, match="digits is not fetched"):
+    with pytest.raises(ConfigError, match=r"(?s)digits is not fetched.*lamina\.data\.digits\(\) reads it"):
         lamina.data.download("digits")
     assert lamina.data.cached("digits") is False
 

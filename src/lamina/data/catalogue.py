@@ -15,9 +15,11 @@ from lamina.data.digits import digits
 from lamina.data.fetch import Progress, Spec, Stored, fetch, is_cached
 from lamina.data.partition import split
 from lamina.data.sets import SPECS
-from lamina.data.sets.covertype import AREA_NAMES
-from lamina.data.sets.hapt import LENGTH
-from lamina.data.sets.shakespeare import WINDOW
+from lamina.data.sets.cifar import LABELS_10, LABELS_100
+from lamina.data.sets.covertype import AREA_NAMES, KINDS
+from lamina.data.sets.hapt import ACTIVITY_NAMES, LENGTH
+from lamina.data.sets.idx import CLOTHES
+from lamina.data.sets.shakespeare import NAMES, WINDOW
 from lamina.data.transform import Images, Windows
 from lamina.errors import ConfigError, expect, meant
 from lamina.random import generator
@@ -189,6 +191,7 @@ def shakespeare(
         transform=Windows(torch.from_numpy(np.array(text)), WINDOW),
         name="shakespeare",
         partition="by role",
+        label_names=NAMES,
     )
 
 
@@ -219,7 +222,14 @@ def hapt(*, folder: str | Path | None = None, verify: bool = False, progress: Pr
         for (name, test), end in zip(tests.items(), ends, strict=True)
     }
     return ClientData.from_index(
-        arrays["x"], arrays["y"], groups, test=(test_x, test_y), client_tests=own, name="hapt", partition="by person"
+        arrays["x"],
+        arrays["y"],
+        groups,
+        test=(test_x, test_y),
+        client_tests=own,
+        name="hapt",
+        partition="by person",
+        label_names=ACTIVITY_NAMES,
     )
 
 
@@ -260,7 +270,11 @@ def covertype(
         test=(arrays["x"][test], arrays["y"][test]),
         name="covertype",
         partition=f"by {by}",
+        label_names=KINDS,
     )
+
+
+_LABELS = {"cifar10": LABELS_10, "cifar100": LABELS_100, "fashion_mnist": CLOTHES}  # mnist's are numbers
 
 
 def _images(
@@ -287,6 +301,7 @@ def _images(
         seed=seed,
         transform=look,
         name=name,
+        label_names=_LABELS.get(name),
     )
 
 
@@ -398,6 +413,6 @@ def _spec(name: str) -> Spec:
     _known(name)
     if name not in SPECS:
         raise ConfigError(
-            f"{name} is not fetched: it comes with scikit-learn", where="data", remedy="pip install 'lamina[demo]'"
+            f"{name} is not fetched: it comes with a package", where="data", remedy=f"lamina.data.{name}() reads it"
         )
     return SPECS[name]

@@ -57,10 +57,11 @@ class ClientData:
         name: of the data set, for records.
         partition: how it was split, for records.
         counts: int64 [N], examples per client where not all of them are here; made by `among` and `registry`.
+        label_names: what the labels 0, 1, ... are called, for people: no sum and no result depends on it.
         check: look through all values (finite, not negative); the form is checked always.
 
     Raises:
-        DataError: E210 to E217 (see the module), naming the client and the remedy.
+        DataError: E210 to E217, E224 (see the module), naming the client and the remedy.
     """
 
     x: Batch
@@ -74,6 +75,7 @@ class ClientData:
     name: str = "custom"
     partition: str = "given"
     counts: Tensor | None = None
+    label_names: tuple[str, ...] | None = None
     check: InitVar[bool] = True
 
     def __post_init__(self, check: bool) -> None:
@@ -84,6 +86,13 @@ class ClientData:
             _check_alike(y, self.y, f"{where}: y")
             if check:
                 self._check_values(x, y, where)
+        if check and self.label_names is not None and self.classes and len(self.label_names) < self.classes:
+            raise DataError(
+                f"label_names: expected {self.classes} names or more, as there are labels to {self.classes - 1}, "
+                f"got {len(self.label_names)}",
+                code="E224",
+                remedy="a name for every label from 0 on, in their order; or leave label_names out",
+            )
 
     def __len__(self) -> int:
         """Number of clients."""
@@ -181,6 +190,7 @@ class ClientData:
             transform=self.transform,
             name=self.name,
             partition=POOLED,
+            label_names=self.label_names,
             check=False,
         )
 
@@ -205,6 +215,7 @@ class ClientData:
             transform=self.transform,
             name=self.name,
             partition=self.partition,
+            label_names=self.label_names,
             check=False,
         )
 
@@ -264,6 +275,7 @@ class ClientData:
             name=self.name,
             partition=self.partition,
             counts=offsets.diff(),
+            label_names=self.label_names,
             check=False,
         )
 
@@ -319,6 +331,7 @@ class ClientData:
         name: str = "custom",
         test_share: float = 0.0,
         seed: int = 0,
+        label_names: Sequence[str] | None = None,
     ) -> ClientData:
         """From data that is split already.
 
@@ -330,10 +343,11 @@ class ClientData:
             name: of the data set.
             test_share: instead of `test`: of every client's examples, see `held_out`.
             seed: of that draw.
+            label_names: what the labels 0, 1, ... are called, for tables and reports.
 
         Raises:
             ConfigError: an impossible test_share.
-            DataError: E210 to E218.
+            DataError: E210 to E218, E224.
         """
         parts = {str(key): _pair(value, f"client {key!r}") for key, value in clients.items()}
         if not parts:
@@ -360,6 +374,7 @@ class ClientData:
             client_tests=_tests(client_tests),
             transform=transform or Identity(),
             name=name,
+            label_names=_named(label_names),
         )
         return made.held_out(test_share, seed) if test_share else made
 
@@ -376,6 +391,7 @@ class ClientData:
         name: str = "custom",
         columns: Mapping[str, Sequence[Any]] | None = None,
         test_share: float = 0.0,
+        label_names: Sequence[str] | None = None,
     ) -> ClientData:
         """From one data set, split by a rule of `lamina.data.partition`.
 
@@ -393,10 +409,11 @@ class ClientData:
             name: of the data set.
             columns: by name, one value per train example.
             test_share: instead of `test`: of every client's examples, see `held_out`.
+            label_names: what the labels 0, 1, ... are called, for tables and reports.
 
         Raises:
             ConfigError: an impossible partition.
-            DataError: E210 to E218.
+            DataError: E210 to E218, E224.
         """
         x, y, pictures = _read(train, "train")
         _check_pair(x, y, "train")
@@ -422,6 +439,7 @@ class ClientData:
             transform=transform,
             name=name,
             partition=partition,
+            label_names=_named(label_names),
         )
         return made.held_out(test_share, seed) if test_share else made
 
@@ -521,13 +539,14 @@ class ClientData:
         transform: Transform | None = None,
         name: str = "custom",
         partition: str = "given",
+        label_names: Sequence[str] | None = None,
     ) -> ClientData:
         """From one data set and, by client name, the indices of the examples that each holds (kept in their order).
 
         x and y are used without a copy.
 
         Raises:
-            DataError: E210 to E218.
+            DataError: E210 to E218, E224.
         """
         x, y = _pair((x, y), "train")
         parts = [_tensor(held, f"client {key!r}: indices").reshape(-1) for key, held in groups.items()]
@@ -544,6 +563,7 @@ class ClientData:
             transform=transform or Identity(),
             name=name,
             partition=partition,
+            label_names=_named(label_names),
         )
 
     def _sets(self) -> list[tuple[str, Batch, Batch]]:
@@ -697,6 +717,11 @@ def _tests(tests: Mapping[str, tuple[Any, Any]] | None) -> dict[str, tuple[Batch
     return (
         None if tests is None else {str(key): _pair(value, f"test of client {key!r}") for key, value in tests.items()}
     )
+
+
+def _named(label_names: Sequence[str] | None) -> tuple[str, ...] | None:
+    expect(not isinstance(label_names, str), f"label_names={label_names!r}: expected a list of names")
+    return None if label_names is None else tuple(map(str, label_names))
 
 
 def _batch(value: Any, where: str) -> Batch:

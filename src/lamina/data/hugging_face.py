@@ -39,10 +39,9 @@ def _table(dataset: Any, title: str, choose: Choose) -> Table:
     wanted = choose(dataset.column_names)
     plain, features = dataset.with_format(None), dataset.features
     columns = {name: list(plain[name]) for name in wanted}
-    known = {  # a ClassLabel holds positions among its names
-        name: [str(i) for i in range(len(features[name].names))] for name in wanted if hasattr(features[name], "names")
-    }
-    return Table(title, columns, len(dataset), lambda row: f"{title}, row {row}", known)
+    called = {name: features[name].names for name in wanted if hasattr(features[name], "names")}
+    known = {name: [str(i) for i in range(len(them))] for name, them in called.items()}  # positions among the names
+    return Table(title, columns, len(dataset), lambda row: f"{title}, row {row}", known, called=called)
 
 
 def parts_of(dataset: Any, part: str, how: Reading) -> Parts:

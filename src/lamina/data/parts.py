@@ -38,6 +38,7 @@ class Parts(TypedDict):
     transform: Transform | None
     name: str
     partition: str
+    label_names: Sequence[str] | None
 
 
 class _Learnt(NamedTuple):
@@ -115,6 +116,7 @@ def parts(
         "transform": how.transform or look,
         "name": how.name or name,
         "partition": rule,
+        "label_names": _label_names(table, how, learnt),
     }
 
 
@@ -144,6 +146,16 @@ def _learnt(table: Table, how: Reading, inputs: list[str]) -> _Learnt:
         if _is_fraction(value):
             raise _no_label(value, target, table.place(row))
     return _Learnt(inputs, ordered(found), categories)
+
+
+def _label_names(table: Table, how: Reading, learnt: _Learnt) -> list[str] | None:
+    """What the labels are called; None where that is their numbers."""
+    if learnt.classes is None:
+        return None
+    target = how.targets[0]
+    called = dict(zip(table.known.get(target, ()), table.called.get(target, ()), strict=False))
+    found = [called.get(name, name) for name in learnt.classes]
+    return None if found == [str(i) for i in range(len(found))] else found
 
 
 def _pictures(table: Table, learnt: _Learnt) -> bool:

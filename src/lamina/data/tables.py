@@ -32,6 +32,7 @@ class Table(NamedTuple):
         rows: how many.
         place: where a row (counted from 0) stands, for messages.
         known: by column, all values that it can have, where the source says so.
+        called: by column, what the values of `known` are called, where they are numbers.
         plain: numbers become float32; else arrays keep their dtype, as whoever stored them chose it.
     """
 
@@ -41,6 +42,7 @@ class Table(NamedTuple):
     place: Callable[[int], str]
     known: Mapping[str, Sequence[str]] = {}
     plain: bool = True
+    called: Mapping[str, Sequence[str]] = {}
 
 
 Read = Callable[[Any, Choose], Table]
@@ -76,7 +78,7 @@ def joined(source: str, tables: Sequence[Table]) -> Table:
                     remedy="bring all examples to one shape and dtype",
                 )
         columns[name] = np.concatenate([table.columns[name] for table in tables])
-    return Table(source, columns, int(ends[-1]), place, first.known, first.plain)
+    return Table(source, columns, int(ends[-1]), place, first.known, first.plain, first.called)
 
 
 # ---- cells

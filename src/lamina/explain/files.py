@@ -135,10 +135,11 @@ FILES = (
             "split_sha256": "of which example each client holds: equal for equal splits",
             "pool_sha256": "of the examples, whoever holds them",
             "classes": "of labels; null where there are none",
+            "label_names": "what the labels 0, 1, ... are called; null where they are numbers, or nothing names them",
             "clients": "a row per client",
             "clients.client": "its name",
             "clients.examples": "it has",
-            "clients.labels": "examples per class; null where there are no labels",
+            "clients.labels": "examples per label, from 0 on; null where there are no labels",
         },
     ),
     File(

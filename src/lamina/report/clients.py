@@ -56,8 +56,8 @@ def page(tables: Tables) -> Page:
 def _labels(tables: Tables) -> Figure | Note:
     title = "Who holds which labels"
     split = tables.split
-    holders = (split or {}).get("clients") or []
-    if not holders:
+    holders = [] if split is None else split.get("clients") or []
+    if split is None or not holders:
         return Note(title, "This run has no split.json.")
     if any(row["labels"] is None for row in holders):
         few = sorted(row["examples"] for row in holders)
@@ -72,6 +72,8 @@ def _labels(tables: Tables) -> Figure | Note:
     labels = evenly(counts.shape[1], _SHOWN)
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
     names = [str(holders[i]["client"]) for i in kept]
+    called = [plain(tables.label(label)) for label in labels]
+    marked = list(range(0, len(labels), max(1, len(labels) // 12)))
     data: list[dict[str, Any]] = [
         {
             "type": "heatmap",
@@ -84,7 +86,8 @@ def _labels(tables: Tables) -> Figure | Note:
             "xgap": 1,
             "ygap": 1 if len(kept) <= 40 else 0,
             "customdata": [
-                [[plain(names[j]), int(counts[i, label]), label] for label in labels] for j, i in enumerate(kept)
+                [[plain(names[j]), int(counts[i, label]), called[k]] for k, label in enumerate(labels)]
+                for j, i in enumerate(kept)
             ],
             "hovertemplate": "client %{customdata[0]}<br>label %{customdata[2]}<br>%{customdata[1]} examples"
             "<br>%{z:.1%} of its own<extra></extra>",
@@ -98,8 +101,8 @@ def _labels(tables: Tables) -> Figure | Note:
         xaxis={
             "title": titled("label"),
             "tickmode": "array",
-            "tickvals": list(range(0, len(labels), max(1, len(labels) // 12))),
-            "ticktext": [str(labels[j]) for j in range(0, len(labels), max(1, len(labels) // 12))],
+            "tickvals": marked,
+            "ticktext": [plain(short(tables.label(labels[j]), 16)) for j in marked],
             "showgrid": False,
             "fixedrange": True,
         },
@@ -117,7 +120,9 @@ def _labels(tables: Tables) -> Figure | Note:
     shows = "A row is a client, a column a label: the share of the client's examples that have it."
     if len(kept) < len(holders):
         shows += f" {len(kept)} of {len(holders):,} clients are drawn, evenly picked; the words below count all."
-    return Figure("labels", title, shows, data, shape, _skew(counts, [row["examples"] for row in holders], tables))
+    said = _skew(counts, [row["examples"] for row in holders], tables)
+    narrow = {"xaxis.title.text": ""}  # names that stand upright would meet it
+    return Figure("labels", title, shows, data, shape, said, narrow=narrow if split.get("label_names") else None)
 
 
 def _skew(counts: Any, examples: Sequence[int], tables: Tables) -> list[str]:
@@ -129,12 +134,12 @@ def _skew(counts: Any, examples: Sequence[int], tables: Tables) -> list[str]:
     top = counts.max(1) / np.maximum(1, counts.sum(1))
     lacking = float((counts == 0).sum(1).mean())
     pooled = counts.sum(0) / counts.sum()
-    usual = float(pooled.max())
+    usual, commonest = float(pooled.max()), f"label {tables.label(int(pooled.argmax()))}"
     mean = float(top.mean())
     if mean > usual + 0.1:
         said.append(
             f"Labels are skewed: on average {100 * mean:.0f} % of a client's examples have one label (of all examples "
-            f"together: {100 * usual:.0f} %), and a client lacks {lacking:.1f} of {classes} labels."
+            f"together: {100 * usual:.0f} %, {commonest}), and a client lacks {lacking:.1f} of {classes} labels."
         )
         acting = {"scaffold", "feddyn", "fedprox", "personal"} & set(tables.methods)
         said.append(
@@ -143,15 +148,20 @@ def _skew(counts: Any, examples: Sequence[int], tables: Tables) -> list[str]:
             else f"What acts on that: {tables.control_variates} or `method=feddyn` (drift), `method=fedprox` (a pull "
             "to the global model), `method=personal` (layers of their own)."
         )
+        holders = (counts > 0).sum(0)
+        rarest = int(holders.argmin())
+        if holders[rarest] < len(counts):
+            said.append(f"Label {tables.label(rarest)} is with fewest: {holders[rarest]:,} of {len(counts):,} clients.")
     elif (apart := _apart(counts)) > _ALIKE:
         said.append(
             f"Labels differ somewhat: on average {100 * apart:.0f} % of a client's examples, beyond what chance makes, "
-            "would need another label to have them in the shares of all clients together."
+            "would need another label to have them in the shares of all clients together, the commonest of which is "
+            f"{100 * usual:.0f} % ({commonest})."
         )
     else:
         said.append(
             f"Labels are spread alike: {100 * mean:.0f} % of a client's examples have its commonest label, of all "
-            f"together {100 * usual:.0f} %."
+            f"together {100 * usual:.0f} % ({commonest})."
         )
     single = int((top > 0.999).sum())
     if single:

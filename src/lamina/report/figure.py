@@ -137,6 +137,30 @@ def layout(height: int, **more: Any) -> dict[str, Any]:
     return base
 
 
+def log_ticks(values: Iterable[Any]) -> tuple[list[float], list[str], tuple[float, float]]:
+    """For a logarithmic axis over these values (those above 0): ticks at 1, 2 and 5 times a power of ten, at the powers
+    alone over more than three decades; their texts, plain numbers; and where the axis begins and ends."""
+    known = [float(value) for value in values if value is not None and 1e-200 < value < 1e200]
+    low, high = min(known, default=1.0), max(known, default=1.0)
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    wide = math.log10(high / low)
+    steps = (1,) if wide > 3 else (1, 2, 5)
+    every = max(1, math.ceil(wide / 8)) if wide > 3 else 1
+    ticks = [float(f"{step}e{power}") for power in range(first, last + 1) if power % every == 0 for step in steps]
+    start, end = low / 10 ** (0.04 * wide), high * 10 ** (0.04 * wide)
+    while len(inside := [tick for tick in ticks if start <= tick <= end]) < 2:  # one alone would be no scale
+        below, above = max(tick for tick in ticks if tick < start), min(tick for tick in ticks if tick > end)
+        start, end = (below, end) if start / below < above / end else (start, above)
+    return inside, [np.format_float_positional(tick, trim="-") for tick in inside], (start, end)
+
+
+def log_axis(values: Iterable[Any]) -> dict[str, Any]:
+    """A logarithmic axis of plotly over these values: see `log_ticks`."""
+    ticks, texts, (start, end) = log_ticks(values)
+    ends = [round(math.log10(start), 4), round(math.log10(end), 4)]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": texts, "range": ends}
+
+
 def titled(text: str) -> dict[str, Any]:
     return {"text": text, "font": {"size": 13, "color": "#5b6675"}}
 

@@ -22,6 +22,7 @@ from lamina.report.figure import (
     heat,
     join,
     layout,
+    log_axis,
     number,
     numbers,
     plain,
@@ -317,7 +318,7 @@ def _norms(tables: Tables, most: int) -> Figure | Note:
     shape = layout(
         340,
         xaxis={"title": titled("round")},
-        yaxis={"title": titled("|mean update|"), "type": "log", "nticks": 6},
+        yaxis={"title": titled("|mean update|"), **log_axis(binned.ravel())},
         showlegend=len(names) <= len(LINES),
     )
     lengths = "" if len(names) <= len(LINES) else " Light lines are near the input, dark ones near the loss."

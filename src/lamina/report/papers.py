@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lamina.errors import ConfigError, meant
 from lamina.folder import standing, storing
-from lamina.report.figure import LINES, short
+from lamina.report.figure import LINES, log_ticks, short
 from lamina.report.layers import REFERENCE, names_of
 from lamina.report.sparsity import MASKS
 from lamina.report.tables import Grid, Tables, last_of, mean_of, read
@@ -123,8 +123,10 @@ def _lines(axes: Axes, drawing: Drawing) -> None:
         axes.plot(curve.x, curve.y, label=_label(curve.label), color=colour, linewidth=1.4, marker=marker, markersize=3)
     if drawing.log:
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
+        ticks, texts, ends = log_ticks(x for curve in drawing.curves for x in curve.x)
+        axes.set_xticks(ticks, texts)
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(*ends)
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if drawing.mark is not None:

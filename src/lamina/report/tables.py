@@ -120,6 +120,11 @@ class Tables:
         used = any(self.setting(f"local.{key}") for key in ("momentum", "weight_decay", "clip"))
         return "`method=scaffold" + (" method.approximate=true`" if used else "`")
 
+    def label(self, number: int) -> str:
+        """What a label is called: by its number where nothing names it, as in runs of before names were kept."""
+        names = (self.split or {}).get("label_names") or []
+        return str(names[number]) if number < len(names) else str(number)
+
     @property
     def methods(self) -> list[str]:
         return str(self.info["method"]).split("+")

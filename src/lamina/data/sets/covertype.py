@@ -12,6 +12,7 @@ from lamina.data.sources import Official, Pip, Remote
 from lamina.errors import DataError
 
 NUMBERS, AREAS, SOILS = 10, 4, 40
+KINDS = ("spruce/fir", "lodgepole pine", "ponderosa pine", "cottonwood/willow", "aspen", "Douglas-fir", "krummholz")
 AREA_NAMES = ("Rawah", "Neota", "Comanche Peak", "Cache la Poudre")
 
 

@@ -20,6 +20,7 @@ from lamina.data.sources import Official, Pip, Remote
 from lamina.errors import DataError
 
 LENGTH, STRIDE, ACTIVITIES = 128, 64, 6
+ACTIVITY_NAMES = ("walking", "walking upstairs", "walking downstairs", "sitting", "standing", "laying")
 STEPS = 50_000  # per g and per rad/s; the sensors' own steps are 70 and 15 times as large
 
 CHANNELS = ("acc-x", "acc-y", "acc-z", "gyro-x", "gyro-y", "gyro-z")

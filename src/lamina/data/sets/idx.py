@@ -13,6 +13,18 @@ from lamina.errors import DataError
 
 FILES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 WANTED = tuple(f"{name}[-.]idx?-ubyte" for name in FILES)
+CLOTHES = (  # the labels of Fashion-MNIST
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 
 def read_idx(content: bytes) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:

@@ -62,6 +62,7 @@ PLAYS = (
 )
 # Index 0 is padding and every character that is not in the list. 90 in all.
 ALPHABET = "\0\n !\"#$%&'()*,-./0123456789:;>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[]_abcdefghijklmnopqrstuvwxyz{|}"  # [90]
+NAMES = ("other", "newline", "space", *ALPHABET[3:])  # of the characters, for people
 ENDING = "_gut.txt"
 
 DIRECTION = re.compile(r"[\[{](?:[^\[\]{}\n]|\n(?![ \t]*\n))*[\]}]")  # mistyped brackets too, but no blank line
