@@ -26,10 +26,11 @@ test-slow: $(VENV)/.dev
 test-network: $(VENV)/.dev
 	$(BIN)/python -m pytest -m network
 
-# Flower's own programs, on the loopback; its short form: make test-flower FLOWER="flower and not slow"
-FLOWER ?= flower
+# With Flower: our app on a grid in memory, and Flower's own programs on the loopback. Which of them: make test-flower
+# FLOWER="not slow" (without the long ones), FLOWER="not flower" (without Flower's programs)
+FLOWER ?=
 test-flower: $(VENV)/.flower
-	$(BIN)/python -m pytest tests/flower -rs -m "$(FLOWER)"
+	$(BIN)/python -m pytest tests/flower -rs -o addopts="-q --strict-markers" -m "$(FLOWER)"
 
 nightly: $(VENV)/.dev
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest tests/wire/test_wire_round_trips.py -n 2

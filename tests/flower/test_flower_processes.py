@@ -111,6 +111,7 @@ def same(names: Any, folder: Path) -> None:
         assert row.traffic["inbound-bytes"] > row.carried["packed_up"] > 0
 
 
+@pytest.mark.parity
 @pytest.mark.filterwarnings("ignore:rounds=3 is no multiple")
 def test_model_and_ledger_are_those_of_the_simulator(tmp_path: Path) -> None:
     same(SHORT, tmp_path)
