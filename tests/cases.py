@@ -186,8 +186,8 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of Federation: what a method needs, or
 LOSSLESS = wire.Dense("lossless")  # as a downlink: distances to what a client holds
 
 
-def the_rest_slowly(names: Iterable[str], quick: Container[str]) -> list[Any]:
-    """These names as parameters of a test, marked slow but for some."""
+def the_rest_slowly(names: Iterable[Any], quick: Container[Any]) -> list[Any]:
+    """These as parameters of a test, marked slow but for some."""
     return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 

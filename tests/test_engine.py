@@ -36,13 +36,6 @@ from lamina.engine.arena import Arena, Full, anonymous_memory, layout, shared_me
 forked = pytest.mark.skipif(not processes.available(), reason="no fork here")
 
 
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it forks, the engine has the collector look through everything: here that is pytest, and takes longer
-    than the run."""
-    monkeypatch.setattr(processes.gc, "collect", lambda: 0)
-
-
 # ---- the choice
 
 

@@ -188,7 +188,10 @@ def test_what_is_no_policy_is_refused(said: str) -> None:
 # ---- in a federation
 
 
-@pytest.mark.parametrize("name", cases.ALL)
+QUICK = ("fedavg", "fedlama", "lips", "flare", "ssfl", "fedluar", "scaffold", "fedlama, scaffold")
+
+
+@pytest.mark.parametrize("name", cases.the_rest_slowly(cases.ALL, QUICK))
 def test_every_method_goes_with_bounds(name: str) -> None:
     """One that nothing reaches changes no bit; those that bite leave a model that is finite."""
     plain = cases.finish(cases.case(name))[0]

@@ -19,13 +19,6 @@ forked = pytest.mark.skipif(not processes.available(), reason="no fork here")
 BF16 = LocalSGD(lr=0.1, batch_size=8, momentum=0.9, precision="bf16")
 
 
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it forks, the engine has the collector look through everything: here that is pytest, and takes longer
-    than the run."""
-    monkeypatch.setattr(processes.gc, "collect", lambda: 0)
-
-
 @pytest.mark.parametrize("value", ["float16", "FP32", None, 16])
 def test_an_unknown_precision_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match="expected one of fp32, tf32, bf16") as caught:

@@ -185,6 +185,7 @@ def test_data_and_arenas_are_in_memory_that_all_workers_share(monkeypatch: pytes
 # ---- failures
 
 
+@pytest.mark.slow
 def test_a_spawned_worker_that_is_killed_in_a_round_is_named_with_its_client() -> None:
     with pytest.raises(RunError, match=r"signal 9 while client 'cyd' was training") as caught:
         list(marked(loss=killed).run(2))

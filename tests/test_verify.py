@@ -86,7 +86,7 @@ def lamina(*arguments: str) -> Result:
 # ---- through a socket
 
 
-@pytest.mark.parametrize("afresh", [False, True])
+@pytest.mark.parametrize("afresh", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_ledger_is_what_the_socket_carried(name: str, afresh: bool, tmp_path: Path) -> None:
     """Rounds 4 and 5 from the checkpoint after 4 rounds, or all six with SSFL's probe of all 6 clients before them."""

@@ -10,29 +10,20 @@ import torch
 
 import cases
 from lamina import Federation, LocalSGD
-from lamina.engine import processes
 from lamina.engine.processes import available
 from lamina.engine.stack import Vmapped
 
 forked = pytest.mark.skipif(not available(), reason="no fork here")
 
 
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before it forks, the engine has the collector look through everything: here that is pytest, and takes longer
-    than the run."""
-    monkeypatch.setattr(processes.gc, "collect", lambda: 0)
-
-
 @forked
+@pytest.mark.parametrize("workers", cases.the_rest_slowly([1, 2, 3], [2]))
 @pytest.mark.parametrize("name", cases.ALL)
-def test_processes_give_the_bits_of_loop(name: str) -> None:
+def test_processes_give_the_bits_of_loop(name: str, workers: int) -> None:
     state, records = cases.finish(cases.case(name))
-    expected = cases.everything(state)
-    for workers in (1, 2, 3):
-        other, others = cases.finish(cases.case(name, engine="processes", workers=workers))
-        assert cases.everything(other) == expected, f"{workers} workers"
-        assert others == records, f"{workers} workers"
+    other, others = cases.finish(cases.case(name, engine="processes", workers=workers))
+    assert cases.everything(other) == cases.everything(state)
+    assert others == records
 
 
 @forked

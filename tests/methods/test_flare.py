@@ -357,7 +357,7 @@ def compare(model, clients, dtype, density, keep, steps, percentile=50.0, **sett
     return ours
 
 
-@pytest.mark.parametrize("density", [0.1, 0.35])
+@pytest.mark.parametrize("density", [0.1, pytest.param(0.35, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("keep", ["exact", "released"])
 @pytest.mark.parametrize(("dtype", "weights", "momentum", "cohort"), PAIRS)
 def test_it_agrees_with_a_plain_loop(dtype, weights, momentum, cohort, keep, density):
@@ -366,7 +366,7 @@ def test_it_agrees_with_a_plain_loop(dtype, weights, momentum, cohort, keep, den
             weights=weights, momentum=momentum, cohort=cohort)  # fmt: skip
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("steps", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("percentile", [0, 25.0, 80])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_it_agrees_with_a_plain_loop_when_some_steps_are_pulled(dtype, percentile, steps):

@@ -166,7 +166,7 @@ def placed(name, how):
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in DEEPEST else n for n in VARIANTS])
-@pytest.mark.parametrize("stem", ["3x3", "7x7"])
+@pytest.mark.parametrize("stem", ["3x3", pytest.param("7x7", marks=pytest.mark.slow)])
 def test_width_placement_stem_norm_field_and_residual_are_orthogonal_on_every_variant(name, stem):
     placements = cycle(placed(name, how) for how in ("normal", "mean", "anti"))
     for widths, norm, residual, limit in zip(placements, *zip(*COMBINATIONS, strict=True), strict=False):
