@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -27,13 +28,25 @@ sys.path.insert(0, str(HERE))
 from soak import Result, Row, every  # noqa: E402
 
 
-def commit() -> str:
-    """The last commit that touched what the rows try; "+changes" when the working tree differs from it."""
-    places = ["src", "benchmarks/soak"]
+def commit(row: Row) -> str:
+    """The last commit that touched what the row tries or the file that tries it; "+changes" when the working tree
+    differs from it."""
+    places = ["src", *(f"benchmarks/soak/{name}.py" for name in needed(row.area))]
     root = HERE.parent
     made = subprocess.run(["git", "log", "-1", "--format=%h", "--", *places], cwd=root, capture_output=True, text=True)
     dirty = subprocess.run(["git", "status", "--porcelain", "--", *places], cwd=root, capture_output=True, text=True)
     return made.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def needed(area: str) -> set[str]:
+    """The files of soak that this one imports, and itself."""
+    found, new = set[str](), {area}
+    while new:
+        found |= new
+        text = "".join((HERE / "soak" / f"{name}.py").read_text() for name in new)
+        words = {word for line in re.findall(r"^from soak(.*)$", text, re.M) for word in re.findall(r"\w+", line)}
+        new = {word for word in words if (HERE / "soak" / f"{word}.py").is_file()} - found
+    return found
 
 
 def place(row: Row) -> Path:
@@ -56,7 +69,7 @@ def measured(row: Row, short: bool) -> dict[str, Any]:
         traceback.print_exc()
         result = Result("it failed", False, traceback.format_exc(limit=-1).strip().splitlines()[-1])
     seconds = round(time.monotonic() - began, 1)
-    return {"row": row.name, "goal": row.goal, **result._asdict(), "seconds": seconds, "commit": commit(),
+    return {"row": row.name, "goal": row.goal, **result._asdict(), "seconds": seconds, "commit": commit(row),
             "python": platform.python_version()}  # fmt: skip
 
 
@@ -82,7 +95,7 @@ def main() -> int:
     results = []
     for row in rows:
         found = stored(row)
-        fresh = found is not None and found["commit"] == commit() and not options.row
+        fresh = found is not None and found["commit"] == commit(row) and not options.row
         if not (options.table or (fresh and not options.short)):
             print(f"{row.name}: {row.goal}", flush=True)
             found = measured(row, options.short)

@@ -26,6 +26,7 @@ class Row(NamedTuple):
     goal: str
     minutes: float  # that it takes in full, at most 60
     run: Callable[[bool], Result]  # True: the short form, seconds, as in `make test`
+    area: str  # the file here that it is in
 
     @property
     def name(self) -> str:
@@ -39,8 +40,10 @@ def row(id: str, *variants: str, goal: str, minutes: float) -> Callable[[Callabl
     """Registers a function as a row, or as one for each variant, which it is then given first."""
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
+        area = run.__module__.rpartition(".")[2]
         for variant in variants or ("",):
-            ROWS.append(Row(id, variant, goal, minutes, (lambda v: lambda s: run(v, s) if v else run(s))(variant)))
+            asked = (lambda v: lambda s: run(v, s) if v else run(s))(variant)
+            ROWS.append(Row(id, variant, goal, minutes, asked, area))
         return run
 
     return register

@@ -23,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import lamina
+from lamina.admission import unused
 from lamina.attacks import ATTACKS, attacked, attackers, fooled
 from lamina.client import Reply
 from lamina.engine.base import Engine, Kind
@@ -196,11 +197,11 @@ class Saying:
 
     Args:
         liar: who, or None for nobody.
-        lie: instead of its update.
+        lie: instead of its update; None: it does not answer.
         loss: instead of its loss.
     """
 
-    def __init__(self, engine: Engine, liar: int | None, lie: Params, loss: float):
+    def __init__(self, engine: Engine, liar: int | None, lie: Params | None, loss: float):
         self.name, self.reason, self.workers = engine.name, engine.reason, engine.workers
         self.updates: dict[int, Params] = {}
         self._engine = engine
@@ -211,6 +212,9 @@ class Saying:
     def replies(self, kind: Kind, plan: Plan, *arguments: Any) -> Iterator[Reply]:
         for reply in self._engine.replies(kind, plan, *arguments):
             if kind == "round":
+                if reply.client == self._liar and self._lie is None:
+                    yield unused(reply.client, "E311", "no answer")
+                    continue
                 if reply.client == self._liar:
                     reply = reply._replace(message={**reply.message, "update": self._lie}, loss=self._loss)
                 self.updates[reply.client] = {n: x.clone() for n, x in reply.message["update"].items()}
@@ -223,46 +227,56 @@ class Saying:
 @row("S6", goal="no client moves the model by more than its registered share of what it says otherwise", minutes=2)
 def influence(short: bool) -> Result:
     """One client says anything at all in round 1, of its loss too: against the same round without the lie, no layer
-    moves by more than the client's share of the examples, times how far the lie is from its update."""
+    moves by more than the client's share of the examples, times how far the lie is from its update. Where the lie is
+    refused, the model is that of a round in which the client does not answer, which is in its power anyway."""
     draws = 20 if short else 2000
     source = torch.Generator().manual_seed(0)
     sizes = (3, 20, 7, 11)
     clients = {f"c{i}": (torch.randn(n, 5, generator=source), torch.arange(n) % 2) for i, n in enumerate(sizes)}
     data = lamina.ClientData.from_clients(clients)
-    worst, exact = 0.0, 0.0
+    worst, exact, left_out, wrong = 0.0, 0.0, 0, 0
     for policy in ("off", "clip:1x", "median"):
         fed = lamina.Federation(
             lambda: lamina.models.mlp((5, 4, 2)), data, faults={"norm": policy}, engine="loop", diagnostics=False
         )
         start, _ = next(iter(fed.run(1)))
-        honest, told = _said(fed, start, None, {}, 0.0)
+        honest, told, _ = _said(fed, start, None, {}, 0.0)
+        without = [_said(fed, start, liar, None, 0.0)[0] for liar in range(len(sizes))]
         for _ in range(draws):
             liar = int(torch.randint(len(sizes), (), generator=source))
             size, loss = (10.0 ** float(torch.empty(()).uniform_(-4, 6, generator=source)) for _ in range(2))
             lie = {n: size * torch.randn(x.shape, generator=source) for n, x in fed.initial.params.items()}
-            moved, _ = _said(fed, start, liar, lie, loss)
+            moved, _, used = _said(fed, start, liar, lie, loss)
+            if not used:
+                left_out += 1
+                wrong += any(not torch.equal(x, without[liar][name]) for name, x in moved.items())
+                continue
             for name, x in moved.items():
                 most = sizes[liar] / sum(sizes) * float((lie[name] - told[liar][name]).double().norm())
                 share = float((x.double() - honest[name].double()).norm()) / most
                 worst = max(worst, share)
                 if policy == "off":
                     exact = max(exact, abs(share - 1))
-    figure = f"at most {worst:.4f} of its share, of {3 * draws} lies; without bounds its share to {exact:.0e}"
-    return Result(figure, worst <= 1.001 and exact <= 1e-3)
+    figure = (
+        f"at most {worst:.4f} of its share, of {3 * draws - left_out} lies; without bounds its share to {exact:.0e}"
+    )
+    refused = f"{left_out} others were refused, {wrong} of them with another model than without their client"
+    return Result(figure, worst <= 1.001 and exact <= 1e-3 and not wrong, refused)
 
 
 def _said(
-    fed: lamina.Federation, start: lamina.State, liar: int | None, lie: Params, loss: float
-) -> tuple[Params, dict[int, Params]]:
-    """The model after one more round, and all updates."""
+    fed: lamina.Federation, start: lamina.State, liar: int | None, lie: Params | None, loss: float
+) -> tuple[Params, dict[int, Params], bool]:
+    """The model after one more round, all updates, and whether the liar's was used."""
     engines: list[Saying] = []
 
     def wrap(engine: Engine) -> Saying:
         engines.append(Saying(engine, liar, lie, loss))
         return engines[-1]
 
-    state, _ = next(iter(fed.through(wrap).run(1, start)))
-    return state.params, engines[0].updates
+    state, record = next(iter(fed.through(wrap).run(1, start)))
+    used = all(client.refused is None for client in record.clients if client.client == liar)
+    return state.params, engines[0].updates, used
 
 
 def main() -> int:
