@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +38,13 @@ ROWS: list[Row] = []
 
 
 def row(id: str, *variants: str, goal: str, minutes: float) -> Callable[[Callable[..., Result]], Callable[..., Result]]:
-    """Registers a function as a row, or as one for each variant, which it is then given first."""
+    """Registers a function as a row, or as one for each variant, which it is given first if it takes two arguments."""
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
+        both = len(signature(run).parameters) > 1
         area = run.__module__.rpartition(".")[2]
         for variant in variants or ("",):
-            asked = (lambda v: lambda s: run(v, s) if v else run(s))(variant)
+            asked = (lambda v: lambda s: run(v, s) if both else run(s))(variant)
             ROWS.append(Row(id, variant, goal, minutes, asked, area))
         return run
 

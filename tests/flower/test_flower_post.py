@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -694,3 +695,14 @@ def test_ledgers_are_compared_as_they_are_committed_whatever_clients_are_called(
     (tmp_path / "clients.jsonl").write_bytes(text + b'{"half')
     run = Run(tmp_path, {"lengths": {"clients.jsonl": len(text)}}, [], None, None)
     assert parity._rows(run, "clients.jsonl") == {(0, "client", "a\u2028b"): {"bytes_up": 3}}
+
+
+# ---- the reliability table
+
+
+def test_the_row_of_faults_in_flowers_messages_meets_its_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
+    soak = importlib.import_module("soak")
+    (row,) = [row for row in soak.every() if row.name == "R13:flower"]
+    result = row.run(True)
+    assert result.met, result
