@@ -36,6 +36,7 @@ from lamina import (
     folder,
     runs,
     terminal,
+    verify,
 )
 from lamina.cli import base, comparing, looking
 from lamina.compare import compare
@@ -440,6 +441,28 @@ def test_a_run_on_threads_stays_on_threads_and_says_when_the_cores_are_others(tm
     assert run.info["engine"] == "threads"
     assert "begun on 1000 cores" in watcher.notes[0]
     assert "not bit-identical" in lines(run.path / "events.jsonl")[0]["message"]
+
+
+def test_ctrl_c_while_the_final_model_is_written_leaves_a_run_that_names_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """run.json is written once more then, and must not name a model that is not there."""
+    written = folder.replace
+
+    def pressed(path: Path, blob: bytes) -> None:
+        if path.name == "model.safetensors":
+            raise KeyboardInterrupt
+        written(path, blob)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "replace", pressed)
+        with pytest.raises(KeyboardInterrupt):
+            make(tmp_path / "run")
+    opened = Run.open(tmp_path / "run")
+    assert opened.info["final_sha256"] is None
+    assert [check.problem for check in verify.files(opened.path) if check.problem] == []
+    whole = make(tmp_path / "whole")
+    assert resume(tmp_path / "run", progress=False).info["final_sha256"] == whole.info["final_sha256"]
 
 
 def test_a_resume_that_does_not_end_leaves_no_model_of_before(tmp_path: Path) -> None:

@@ -154,9 +154,10 @@ class Book:
     def finish(self, fed: Federation, state: State | None, status: str, code: int) -> None:
         if state is not None:
             tensors = {n: x.detach().clone().contiguous() for n, x in fed.module(state).state_dict().items()}
-            self.info["final_sha256"] = state.sha256()
+            sha256 = state.sha256()
             with storing(self.folder):
                 replace(self.folder / "model.safetensors", save(tensors))
+            self.info["final_sha256"] = sha256  # only now: Ctrl-C may come at any point, and run.json is written then
         self.info |= {"status": status, "exit_code": code, "error": None}
         with storing(self.folder):
             self.info["lengths"] = self._written()  # events since the last commit
