@@ -13,6 +13,11 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
+from lamina import config, runs
+from lamina.flower import server as serving
+from lamina.flower.settings import RunKeys
+from lamina.runs import Run
+
 TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
 
 
@@ -80,3 +85,13 @@ class FakeGrid:
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         return self.pull_messages([said for said in self.push_messages(messages) if said is not None])
+
+
+def served(path: Path, grid: FakeGrid, folder: Path, **keys: Any) -> Run:
+    with serving.Report("") as report:
+        return serving.serve(path, RunKeys(run_dir=str(folder / "runs"), **keys), grid, report)
+
+
+def simulated(path: Path) -> Run:
+    loaded = config.load(path, env={})
+    return runs.fit(config.build(loaded), loaded.rounds, path.parent.parent / "local", config=loaded, progress=False)

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from grid import FakeGrid, Node
+from grid import FakeGrid, Node, served, simulated
 
 import lamina
-from lamina import ConfigError, RunError, StorageError, WireError, config, engine, preflight, runs
+from lamina import ConfigError, RunError, StorageError, WireError, config, engine, preflight
 from lamina.flower import client, client_app, mod, post, project
 from lamina.flower import server as serving
 from lamina.flower.records import STYPE, framing, packed, unpacked
-from lamina.flower.settings import NodeKeys, RunKeys
+from lamina.flower.settings import NodeKeys
 from lamina.remote import Roll, bundled
 from lamina.runs import Run
 from lamina.wire import frame
@@ -51,16 +51,6 @@ def joined(path: Path, folder: Path, nodes: int = 2) -> FakeGrid:
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(post, "POLL_S", 0.001)
-
-
-def served(path: Path, grid: FakeGrid, folder: Path, **keys: Any) -> Run:
-    with serving.Report("") as report:
-        return serving.serve(path, RunKeys(run_dir=str(folder / "runs"), **keys), grid, report)
-
-
-def simulated(path: Path) -> Run:
-    loaded = config.load(path, env={})
-    return runs.fit(config.build(loaded), loaded.rounds, path.parent.parent / "local", config=loaded, progress=False)
 
 
 CONFIGS = {

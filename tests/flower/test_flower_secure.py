@@ -14,15 +14,13 @@ pytest.importorskip("cryptography", reason="needs the extra lamina[flower]")
 pytest.importorskip("sklearn", reason="needs the extra lamina[demo]")
 
 from flwr.app import Message
-from grid import FakeGrid
+from grid import FakeGrid, served, simulated
 
-from lamina import ConfigError, config, runs
+from lamina import ConfigError, config
 from lamina.flower import client_app, parity, post, project
-from lamina.flower import server as serving
 from lamina.flower.records import unpacked
-from lamina.flower.settings import NodeKeys, RunKeys
+from lamina.flower.settings import NodeKeys
 from lamina.remote import Answer, Letter, unbundled
-from lamina.runs import Run
 
 SETTINGS = [
     "rounds=3", "data.clients=5", "cohort=4", "model.widths=[64,8,10]", "local.epochs=1", "engine=loop",
@@ -46,16 +44,6 @@ def joined(path: Path, folder: Path) -> FakeGrid:
         own: dict[str, Any] = {"partition-id": i, "num-partitions": 2, "secret-dir": str(folder / f"secret-{i}")}
         grid.join(100 - i, client_app(path), folder / f"state-{i}", **own)
     return grid
-
-
-def served(path: Path, grid: FakeGrid, folder: Path, **keys: Any) -> Run:
-    with serving.Report("") as report:
-        return serving.serve(path, RunKeys(run_dir=str(folder / "runs"), **keys), grid, report)
-
-
-def simulated(path: Path) -> Run:
-    loaded = config.load(path, env={})
-    return runs.fit(config.build(loaded), loaded.rounds, path.parent.parent / "local", config=loaded, progress=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
