@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -37,7 +36,7 @@ from lamina.state import State
 from lamina.store import MEMORY, ClientStore, Disk, Entry, Row, Shelf, linked
 from lamina.store.files import sync
 from lamina.store.linked import File, Rows
-from lamina.tree import apart, flatten, skeleton, unflatten
+from lamina.tree import apart, flatten, sha256, skeleton, unflatten
 
 _VERSION = 1
 _COST = 0.02  # share of the time that commits may cost, when it is left to `Pace`
@@ -144,9 +143,9 @@ def _references(folder: Path, before: Path | None) -> dict[str, Path]:
     own = None if before is None else before / _REFERENCE
     found: dict[str, Path] = {}
     for path in committed(folder):
-        sha256, file = (_manifest(path) or {"sha256": {}})["sha256"].get(_REFERENCE), path / _REFERENCE
-        if sha256 and file.is_file() and not (own and own.is_file() and own.samefile(file)):
-            found[sha256] = file
+        found_sum, file = (_manifest(path) or {"sha256": {}})["sha256"].get(_REFERENCE), path / _REFERENCE
+        if found_sum and file.is_file() and not (own and own.is_file() and own.samefile(file)):
+            found[found_sum] = file
     return found
 
 
@@ -195,7 +194,7 @@ def intact(path: Path) -> bool:
     try:
         hashes = (_manifest(path) or {})["sha256"]
         whole = set(hashes) - {*linked.files(0, hashes).values(), _REFERENCE} == _NAMES
-        return whole and all(_sha256((path / name).read_bytes()) == sha256 for name, sha256 in hashes.items())
+        return whole and all(linked.intact(path / name, own) for name, own in hashes.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -221,7 +220,7 @@ def differences(state: State, path: Path) -> list[str]:
     if written.get("rows") is None and not isinstance(state.clients.shelf, Disk):
         theirs = linked.written(*_rows(written, path))
         rows = {c: flatten(row) for c, row in state.clients.rows.items()}
-        if {c: _bits(row) for c, row in rows.items() if row} != {c: _bits(row) for c, row in theirs.items()}:
+        if {c: sha256(row) for c, row in rows.items() if row} != {c: sha256(row) for c, row in theirs.items()}:
             odd.append(linked.OWN)
     known = (k for k in mine if k in written and k not in ("held", "clients", "rows"))  # these share what is alike
     return odd if all(json.dumps(mine[k]) == json.dumps(written[k]) for k in known) else [*odd, "state.json"]
@@ -456,10 +455,5 @@ def _write(path: Path, blob: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _bits(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    flat = {name: x.contiguous().view(-1).view(torch.uint8).numpy().data for name, x in tensors.items()}
-    return {name: (x.dtype, x.shape, _sha256(flat[name])) for name, x in tensors.items()}
-
-
-def _sha256(blob: bytes | memoryview) -> str:
+def _sha256(blob: bytes) -> str:
     return hashlib.sha256(blob).hexdigest()
